@@ -1,0 +1,153 @@
+"""The command line: each command a few lines that call a module."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cat_ray import config as configuration
+from cat_ray.errors import BadInput
+from cat_ray.storage import Location, locate
+
+app = typer.Typer(
+    name="cat-ray",
+    help="Trains CAT, a one-step multi-stage GAN, on a Ray cluster that may shrink and grow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Endpoint = Annotated[
+    str | None,
+    typer.Option("--endpoint-url", help="S3 endpoint, for s3:// on something else than AWS."),
+]
+Job = Annotated[
+    str, typer.Argument(metavar="JOB", help="A job file, such as jobs/quickstart.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrides a value, as in run.seed=1."),
+]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or a run's for its newest."),
+]
+
+
+@app.command()
+def train(job: Job, overrides: Overrides = None) -> None:
+    """Train a job; the same command again continues it where it stopped."""
+    with _speaking_plainly():
+        config = configuration.load(job, overrides or ())
+        from cat_ray.training.driver import train as run_job
+
+        report = run_job(config)
+        typer.echo(f"report: {report.uri}")
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="What to read: mnist.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where the shards go.")],
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Write WebDataset shards and their index.json."""
+    with _speaking_plainly():
+        from cat_ray.data.prepare import prepare as write_shards
+
+        place = locate(folder, endpoint_url)
+        index = write_shards(source, place)
+        typer.echo(
+            f"{index.images:,} images of {len(index.class_counts)} classes, "
+            f"{index.channels} x {index.resolution} x {index.resolution}, "
+            f"in {len(index.shards)} shards: {place.uri}"
+        )
+
+
+@app.command()
+def sample(
+    checkpoint: Checkpoint,
+    out: Annotated[str, typer.Option(help="A new or empty folder for the pictures.")] = "samples",
+    classes: Annotated[str, typer.Option(help="Class ids, as in 0,3,7; all without this.")] = "",
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each class.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of the latents.")] = 0,
+    decay: Annotated[
+        float | None, typer.Option(help="Which average of the weights; 0 for the raw ones.")
+    ] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Make a grid and single PNGs for classes and a seed."""
+    with _speaking_plainly():
+        from cat_ray.evaluation.pictures import write_pictures
+
+        chosen = _numbers(classes)
+        written = write_pictures(
+            locate(checkpoint, endpoint_url), locate(out, endpoint_url), chosen, count, seed, decay
+        )
+        typer.echo(f"{written} pictures and grid.png: {locate(out, endpoint_url).uri}")
+
+
+@app.command()
+def inspect(checkpoint: Checkpoint, endpoint_url: Endpoint = None) -> None:
+    """Show what a checkpoint holds."""
+    with _speaking_plainly():
+        from cat_ray.checkpoint.layout import read_manifest
+        from cat_ray.checkpoint.read import read_config, read_state, resolve
+
+        place = resolve(locate(checkpoint, endpoint_url))
+        state, config = read_state(place), read_config(place)
+        table = Table("file", "bytes", "sha256", title=place.uri, title_justify="left")
+        for record in read_manifest(place) or ():
+            table.add_row(record.name, f"{record.bytes:,}", record.sha256[:16])
+        console = Console(soft_wrap=True)
+        console.print(table)
+        size = config.model.generator.size
+        console.print(
+            f"images seen {state.images:,} of {config.run.total_images:,}, "
+            f"seed {config.run.seed}, averages {list(config.optimisation.ema_decays)}, "
+            f"generator {size if isinstance(size, str) else size.model_dump()}"
+            f"/{config.model.generator.patch} at {config.model.resolution} px"
+        )
+        console.print(", ".join(f"{name} {version}" for name, version in state.versions.items()))
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")],
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Write report.html into a run's folder, from what the run has written so far."""
+    with _speaking_plainly():
+        from cat_ray.operations.report import write_report
+
+        typer.echo(write_report(_existing_run(locate(run, endpoint_url))).uri)
+
+
+def _existing_run(place: Location) -> Location:
+    from cat_ray.operations.identity import CONFIG_NAME
+
+    if not (place / CONFIG_NAME).exists():
+        raise BadInput(f"{place.uri} is no run folder: it has no {CONFIG_NAME}")
+    return place
+
+
+def _numbers(text: str) -> list[int] | None:
+    try:
+        return [int(part) for part in text.split(",")] if text else None
+    except ValueError as error:
+        raise BadInput(f"--classes {text}: write class ids separated by commas") from error
+
+
+@contextlib.contextmanager
+def _speaking_plainly() -> Iterator[None]:
+    """Bad input ends the command with one message and exit code 2, without a traceback."""
+    try:
+        yield
+    except BadInput as error:
+        print(f"cat-ray: {error}", file=sys.stderr)
+        raise typer.Exit(BadInput.exit_code) from None

@@ -1,0 +1,399 @@
+"""The typed configuration of a run: YAML in, unknown keys refused, the resolved form out.
+
+A length of time or work carries its unit in its name; the unit of work is the image.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cat_ray.errors import BadInput
+from cat_ray.model.sizes import SIZES, Size, scales
+from cat_ray.objective.augment import AugmentPolicy
+from cat_ray.objective.consistency import default_stage_weights
+
+REFERENCE_WIDTH = 768
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Run(Section):
+    """Where a run lives, its seed and its length."""
+
+    folder: str
+    total_images: int = Field(gt=0)
+    seed: int = Field(default=0, ge=0)
+
+
+class Storage(Section):
+    """How s3:// is reached. Credentials come from the standard AWS chain, never from here."""
+
+    endpoint_url: str | None = None
+    region: str | None = None
+
+
+class Data(Section):
+    """The shards, and what to make of a sample that can't be read.
+
+    `source` names what the shards are made from when the folder has no index yet.
+    """
+
+    shards: str
+    num_classes: int = Field(gt=0)
+    source: Literal["mnist"] | None = None
+    max_broken_samples: int = Field(default=100, ge=0)
+
+
+class ExplicitSize(Section):
+    """A network size that is not in the size table."""
+
+    depth: int = Field(gt=0)
+    width: int = Field(gt=0)
+    heads: int = Field(gt=0)
+
+
+class Network(Section):
+    """A transformer's size (a name of the size table, or depth, width and heads) and patch."""
+
+    size: Literal["S", "B", "M", "L", "XL", "H"] | ExplicitSize = "B"
+    patch: int = Field(default=2, gt=0)
+
+    def dimensions(self) -> Size:
+        """Depth, width and heads."""
+        if isinstance(self.size, ExplicitSize):
+            return Size(**self.size.model_dump())
+        return SIZES[self.size]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Network":
+        size = self.dimensions()
+        if size.width % (4 * size.heads):
+            raise ValueError(
+                f"width {size.width} must be a multiple of 4 x heads ({4 * size.heads}): "
+                "rotary positions need four features per head"
+            )
+        return self
+
+
+class GeneratorNetwork(Network):
+    """The generator."""
+
+    latent_width: int = Field(default=64, gt=0)
+    mapping_lr_multiplier: float = Field(default=0.01, gt=0)
+
+
+class DiscriminatorNetwork(Network):
+    """The discriminator. `scope` is what a token may see: its own scale (CAT), or all of them."""
+
+    projection_width: int = Field(default=2048, gt=0)
+    class_lr_multiplier: float = Field(default=0.01, gt=0)
+    scope: Literal["scale_wise", "aggregated"] = "scale_wise"
+
+
+class Model(Section):
+    """The two networks and the square images, or latents, that they work on."""
+
+    resolution: int = Field(default=32, gt=0)
+    channels: int = Field(default=4, gt=0)
+    stages: int = Field(default=4, ge=2)
+    generator: GeneratorNetwork = GeneratorNetwork()
+    discriminator: DiscriminatorNetwork = DiscriminatorNetwork()
+
+    def scales(self) -> tuple[int, ...]:
+        """The side of each stage's image as the discriminator sees it."""
+        return scales(self.resolution, self.stages)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Model":
+        if self.resolution % self.generator.patch:
+            raise ValueError(
+                f"resolution {self.resolution} is not a multiple of "
+                f"generator.patch {self.generator.patch}"
+            )
+        depth = self.generator.dimensions().depth
+        if depth % self.stages:
+            raise ValueError(
+                f"the generator's depth {depth} is not a multiple of stages {self.stages}"
+            )
+        patch = self.discriminator.patch
+        if any(scale % patch for scale in self.scales()):
+            raise ValueError(
+                f"discriminator.patch {patch} doesn't divide the scales {self.scales()}: "
+                "use a smaller patch, or fewer stages"
+            )
+        return self
+
+
+class Penalty(Section):
+    """Finite-difference R1 and R2; `share` is the part of the batch they are measured on."""
+
+    weight: float = Field(default=0.1, ge=0)
+    sigma: float = Field(default=0.01, gt=0)
+    share: float = Field(default=1.0, gt=0, le=1)
+    reduction: Literal["mean", "sum"] = "mean"
+
+
+class Consistency(Section):
+    """CAT's consistency term; weight 0 is the ablation without it."""
+
+    weight: float = Field(default=0.1, ge=0)
+    stage_weights: tuple[float, ...] | None = None
+    stop_gradient: Literal["none", "final", "intermediate"] = "none"
+
+
+class Alignment(Section):
+    """DINOv2 alignment of the discriminator on real images; weight 0 is off.
+
+    `teacher` is a local folder or a hub name that transformers can load.
+    """
+
+    weight: float = Field(default=0.0, ge=0)
+    teacher: str = "facebook/dinov2-base"
+    teacher_width: int = Field(default=768, gt=0)
+
+
+class Augment(Section):
+    """DiffAugment: probability of each colour change and of a flip, and shares of a side."""
+
+    color: float = Field(default=0.5, ge=0, le=1)
+    translation: float = Field(default=0.125, ge=0, lt=1)
+    cutout: float = Field(default=0.5, ge=0, lt=1)
+    flip: float = Field(default=0.4, ge=0, le=1)
+
+    def policy(self) -> AugmentPolicy:
+        """The same numbers as the augmentation takes them."""
+        return AugmentPolicy(**self.model_dump())
+
+
+class Objective(Section):
+    """What the two networks minimise."""
+
+    penalty: Penalty = Penalty()
+    consistency: Consistency = Consistency()
+    alignment: Alignment = Alignment()
+    augment: Augment = Augment()
+
+
+class EngineSettings(Section):
+    """One DeepSpeed engine: ZeRO stage and the learning rate at width 768.
+
+    With `width_aware` the rate used is `learning_rate * 768 / width` (GAT's rule).
+    """
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    width_aware: bool = True
+    zero_stage: Literal[0, 1, 2, 3] = 1
+
+    def rate(self, width: int) -> float:
+        """The learning rate of a network of this width."""
+        return self.learning_rate * (REFERENCE_WIDTH / width if self.width_aware else 1.0)
+
+
+class Optimisation(Section):
+    """The optimiser, the global batch, and the lanes it is cut into."""
+
+    batch_size: int = Field(default=512, gt=0)
+    lanes: int = Field(default=64, gt=0)
+    betas: tuple[float, float] = (0.0, 0.99)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    activation_checkpointing: bool = False
+    reuse_generator_forward: bool = True
+    ema_decays: tuple[float, ...] = Field(default=(0.999,), min_length=1)
+    generator: EngineSettings = EngineSettings()
+    discriminator: EngineSettings = EngineSettings()
+
+    @property
+    def lane_size(self) -> int:
+        """Images that a lane adds to a batch."""
+        return self.batch_size // self.lanes
+
+    @model_validator(mode="after")
+    def _check(self) -> "Optimisation":
+        if self.batch_size % self.lanes:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of lanes {self.lanes}"
+            )
+        if not all(0 <= decay < 1 for decay in self.ema_decays):
+            raise ValueError(f"each of ema_decays {self.ema_decays} must be in [0, 1)")
+        return self
+
+
+class Workers(Section):
+    """The Ray Train worker group: one process each, a GPU each where `gpu` is set."""
+
+    minimum: int = Field(default=1, gt=0)
+    maximum: int = Field(default=1, gt=0)
+    gpu: bool = False
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    max_failures: int = Field(default=3, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Workers":
+        if self.minimum > self.maximum:
+            raise ValueError(f"minimum {self.minimum} is more than maximum {self.maximum}")
+        return self
+
+
+class Checkpoints(Section):
+    """When to save, and how many to keep."""
+
+    save_every_images: int = Field(default=1_000_000, gt=0)
+    keep: int = Field(default=3, gt=0)
+
+
+class Reporting(Section):
+    """When to print a line of figures and when to draw a grid of samples."""
+
+    log_every_images: int = Field(default=10_000, gt=0)
+    grid_every_images: int = Field(default=500_000, gt=0)
+
+
+class Evaluation(Section):
+    """What is measured of the samples while training.
+
+    `classifier` is the offline protocol: a classifier fitted to the real images, spread within a
+    class, recall, and a Frechet distance on principal components of the pixels (not FID).
+    """
+
+    protocol: Literal["none", "classifier"] = "none"
+    every_images: int = Field(default=500_000, gt=0)
+    samples: int = Field(default=1000, ge=100)
+
+
+class Config(Section):
+    """A training job."""
+
+    run: Run
+    data: Data
+    storage: Storage = Storage()
+    model: Model = Model()
+    objective: Objective = Objective()
+    optimisation: Optimisation = Optimisation()
+    workers: Workers = Workers()
+    checkpoints: Checkpoints = Checkpoints()
+    reporting: Reporting = Reporting()
+    evaluation: Evaluation = Evaluation()
+
+    def stage_weights(self) -> tuple[float, ...]:
+        """The consistency term's weight of each stage but the last."""
+        weights = self.objective.consistency.stage_weights
+        return default_stage_weights(self.model.stages) if weights is None else weights
+
+    def penalised_per_lane(self) -> int:
+        """How many images of each lane the penalty is measured on."""
+        return math.ceil(self.optimisation.lane_size * self.objective.penalty.share)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if len(self.stage_weights()) != self.model.stages - 1:
+            raise ValueError(
+                f"objective.consistency.stage_weights needs {self.model.stages - 1} values, "
+                "one for each stage but the last"
+            )
+        if self.workers.maximum > self.optimisation.lanes:
+            raise ValueError(
+                f"workers.maximum {self.workers.maximum} is more than "
+                f"optimisation.lanes {self.optimisation.lanes}: a worker needs at least one lane"
+            )
+        if self.run.total_images % self.optimisation.batch_size:
+            batch = self.optimisation.batch_size
+            raise ValueError(
+                f"run.total_images {self.run.total_images} is not a multiple of batch_size "
+                f"{batch}: use {self.run.total_images // batch * batch or batch}"
+            )
+        return self
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a job file and applies overrides of the form `section.key=value`.
+
+    Raises:
+        BadInput: the file is missing, isn't YAML, or holds an unknown key or a bad value.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise BadInput(f"can't read the job file {path}: {error.strerror}") from error
+    return parse(text, path, overrides)
+
+
+def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
+    """As `load`, from YAML text; `name` is used in messages."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(f"{name} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise BadInput(f"{name} must hold sections such as run: and data:, see jobs/")
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(dict(problem)) for problem in error.errors()]
+        raise BadInput(f"{name}: " + "; ".join(lines)) from error
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The configuration as dotted keys and plain values."""
+
+    def walk(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for name, value in values.items():
+            if isinstance(value, dict):
+                flat |= walk(value, f"{prefix}{name}.")
+            else:
+                flat[f"{prefix}{name}"] = value
+        return flat
+
+    return walk(config.model_dump(mode="json"), "")
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator:
+        raise BadInput(f"--set {override}: write it as section.key=value")
+    *sections, last = dotted.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise BadInput(f"--set {override}: {section} is a value, not a section")
+    values[last] = yaml.safe_load(text)
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    """One validation problem in a line; an unknown key comes with the nearest known one."""
+    location = [str(part) for part in problem["loc"] if part != "ExplicitSize"]
+    dotted = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1, cutoff=0.5)
+        hint = f", did you mean {near[0]}?" if near else ""
+        return f"unknown key {dotted}{hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{dotted}: {message}" if dotted else message
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for name in location:
+        annotation = section.model_fields[name].annotation
+        options = [annotation, *get_args(annotation)]
+        section = next(
+            (o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), section
+        )
+    return list(section.model_fields)

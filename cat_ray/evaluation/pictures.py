@@ -1,0 +1,48 @@
+"""Pictures of a checkpoint's samples, as files."""
+
+from collections.abc import Sequence
+
+import torch
+
+from cat_ray.checkpoint.read import load_generator, resolve
+from cat_ray.errors import BadInput
+from cat_ray.evaluation.grid import grid, to_image, to_png
+from cat_ray.evaluation.sampling import latents, sample_stages, to_pixels
+from cat_ray.storage import Location
+
+
+def write_pictures(
+    checkpoint: Location,
+    out: Location,
+    classes: Sequence[int] | None,
+    count: int,
+    seed: int,
+    decay: float | None,
+) -> int:
+    """Writes `grid.png`, a row for each class, and a PNG for each sample; returns how many.
+
+    The latent of a picture is a function of the seed and its column, so that the columns of the
+    grid share a latent.
+
+    Raises:
+        BadInput: a class doesn't exist, or the folder isn't empty.
+    """
+    place = resolve(checkpoint)
+    if out.sizes():
+        raise BadInput(f"{out.uri} isn't empty: choose another --out")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = load_generator(place, decay, device)
+    shape = generator.shape
+    chosen = list(range(shape.num_classes)) if classes is None else list(classes)
+    outside = [label for label in chosen if not 0 <= label < shape.num_classes]
+    if outside:
+        raise BadInput(f"class {outside[0]} doesn't exist: there are 0 to {shape.num_classes - 1}")
+    z = latents(seed, range(count), shape.latent_width).repeat(len(chosen), 1)
+    labels = torch.tensor(chosen).repeat_interleave(count)
+    pixels = to_pixels(sample_stages(generator, z, labels, device)[-1])
+    for place_in_grid, picture in enumerate(pixels):
+        label, column = divmod(place_in_grid, count)
+        name = f"class-{chosen[label]:04d}-seed-{seed}-{column:03d}.png"
+        (out / name).write(to_png(to_image(picture)))
+    (out / "grid.png").write(to_png(to_image(grid(pixels, count))))
+    return len(pixels)

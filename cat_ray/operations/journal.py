@@ -1,0 +1,70 @@
+"""What a run writes down as it goes: `metrics.jsonl` and TensorBoard, local first, then uploaded."""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cat_ray.storage import Location
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+Row = dict[str, Any]
+
+
+def read_rows(run: Location) -> list[Row]:
+    """The rows of a run's `metrics.jsonl`, none if there is no such file yet."""
+    place = run / METRICS
+    if not place.exists():
+        return []
+    lines = place.read().decode().splitlines()
+    # A last line without its end is still being written.
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+class Journal:
+    """Appends rows of figures; only the first worker has one.
+
+    Rows past the place where the run goes on are dropped: their work is done again.
+    """
+
+    def __init__(self, run: Location, session: str, images: int):
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._run = run
+        self._session = session
+        digest = hashlib.sha256(run.uri.encode()).hexdigest()[:16]
+        staging = Path(tempfile.gettempdir()) / f"cat_ray-{digest}"
+        self._folder = run.local_path or staging
+        self._folder.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_rows(run) if row["images"] <= images]
+        (self._folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._tensorboard = SummaryWriter(
+            str(self._folder / TENSORBOARD), purge_step=images + 1, filename_suffix=f".{session}"
+        )
+
+    def append(self, kind: str, images: int, **values: Any) -> None:
+        """Writes a row; its numbers go to TensorBoard under `kind/name` as well."""
+        row = {"kind": kind, "session": self._session, "images": images, **values}
+        with (self._folder / METRICS).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, images)
+        self.publish()
+
+    def publish(self) -> None:
+        """Brings what was written to the run's storage."""
+        self._tensorboard.flush()
+        if self._run.local_path is not None:
+            return
+        (self._run / METRICS).upload(self._folder / METRICS)
+        for events in (self._folder / TENSORBOARD).glob(f"*.{self._session}"):
+            (self._run / TENSORBOARD / events.name).upload(events)
+
+    def close(self) -> None:
+        """Ends the TensorBoard file."""
+        self._tensorboard.close()
+        self.publish()

@@ -1,0 +1,95 @@
+"""Shows a running job: a bar on a terminal, plain lines in a job's log."""
+
+import threading
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
+
+from cat_ray.operations.journal import Row, read_rows
+from cat_ray.storage import Location
+
+LOCAL_POLL_SECONDS = 0.5
+REMOTE_POLL_SECONDS = 5.0
+
+
+def describe(row: Row, total_images: int) -> str | None:
+    """One row of `metrics.jsonl` as a line for a person, or None where there is nothing to say."""
+    at = f"{row['images']:>9,} images"
+    if row["kind"] == "train":
+        eta = int(row["eta_seconds"])
+        return (
+            f"{at} {row['images'] / total_images:4.0%}  D {row['d_loss']:.3f}  "
+            f"G {row['g_loss']:.3f}  R1 {row['r1']:.3f}  R2 {row['r2']:.3f}  "
+            f"consistency {row['consistency']:.3f}  "
+            + (f"alignment {row['alignment']:.3f}  " if "alignment" in row else "")
+            + f"{row['images_per_second']:.0f} images/s  "
+            f"data wait {row['data_wait_share']:.1%}  ETA {eta // 60}:{eta % 60:02d}"
+        )
+    if row["kind"] == "evaluation":
+        return (
+            f"{at}  evaluation of {row['samples']} samples: "
+            f"class accuracy {row['class_accuracy']:.3f}  "
+            f"spread within a class {row['within_class_spread']:.2f} of the real  "
+            f"recall {row['recall']:.3f}  precision {row['precision']:.3f}  "
+            f"Frechet distance (pixel PCA, not FID) {row['frechet_pixel_pca']:.2f}"
+        )
+    if row["kind"] == "checkpoint":
+        return f"{at}  saved {row['location']} in {row['seconds']:.1f} s"
+    if row["kind"] == "broken":
+        return f"{at}  skipped {len(row['samples'])} broken samples: {'; '.join(row['samples'])}"
+    return None
+
+
+class Progress:
+    """Follows the rows that a session writes, from a thread, for as long as the block lasts."""
+
+    def __init__(self, run: Location, session: str, total_images: int):
+        self._run = run
+        self._session = session
+        self._total_images = total_images
+        self._shown = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._console = Console(soft_wrap=True, highlight=False)
+        self._bar = Bar(
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} images"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f}%"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=total_images)
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self._show()
+        self._bar.stop()
+
+    def _follow(self) -> None:
+        local = self._run.local_path is not None
+        while not self._stopped.wait(LOCAL_POLL_SECONDS if local else REMOTE_POLL_SECONDS):
+            self._show()
+
+    def _show(self) -> None:
+        rows = [row for row in read_rows(self._run) if row["session"] == self._session]
+        for row in rows[self._shown :]:
+            line = describe(row, self._total_images)
+            if line is not None:
+                self._console.print(line)
+            self._bar.update(self._task, completed=row["images"])
+        # After a restart of the workers there are fewer rows than were shown.
+        self._shown = len(rows)

@@ -1,0 +1,71 @@
+"""All random numbers of one step, drawn lane by lane."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cat_ray.config import Config
+from cat_ray.objective.augment import AugmentDraws, concatenate, draw
+from cat_ray.training.randomness import Purpose, generator
+
+
+@dataclass(frozen=True)
+class StepDraws:
+    """The random numbers of a worker's part of a batch of n images, P of them penalised.
+
+    Attributes:
+        latents: `[n, latent_width]`, for the fakes of both steps.
+        discriminator_real, discriminator_fake: augmentation in the discriminator's step.
+        generator_real, generator_fake: augmentation in the generator's step.
+        penalised: which of the n images the penalty is measured on, `[P]`.
+        noise_real, noise_fake: the penalty's perturbations, a `[P, c, s_k, s_k]` for each scale.
+    """
+
+    latents: Tensor
+    discriminator_real: AugmentDraws
+    discriminator_fake: AugmentDraws
+    generator_real: AugmentDraws
+    generator_fake: AugmentDraws
+    penalised: Tensor
+    noise_real: list[Tensor]
+    noise_fake: list[Tensor]
+
+
+def draw_step(config: Config, lanes: range, step: int, device: torch.device) -> StepDraws:
+    """The draws of some lanes at a step: a function of (seed, purpose, step, lane) alone."""
+    lane_size, penalised = config.optimisation.lane_size, config.penalised_per_lane()
+    channels, policy = config.model.channels, config.objective.augment.policy()
+
+    def streams(purpose: Purpose) -> list[torch.Generator]:
+        return [generator(config.run.seed, purpose, step, lane) for lane in lanes]
+
+    def normal(purpose: Purpose, *shape: int) -> Tensor:
+        parts = [torch.randn(*shape, generator=stream) for stream in streams(purpose)]
+        return torch.cat(parts).to(device)
+
+    def augmentation(purpose: Purpose) -> AugmentDraws:
+        parts = [draw(policy, lane_size, stream) for stream in streams(purpose)]
+        return concatenate(parts).to(device)
+
+    def noise(purpose: Purpose) -> list[Tensor]:
+        each_lane = streams(purpose)
+        return [
+            torch.cat(
+                [torch.randn(penalised, channels, s, s, generator=lane) for lane in each_lane]
+            ).to(device)
+            for s in config.model.scales()
+        ]
+
+    rows = torch.arange(len(lanes) * lane_size).view(len(lanes), lane_size)
+    return StepDraws(
+        latents=normal(Purpose.LATENT, lane_size, config.model.generator.latent_width),
+        discriminator_real=augmentation(Purpose.DISCRIMINATOR_AUGMENT_REAL),
+        discriminator_fake=augmentation(Purpose.DISCRIMINATOR_AUGMENT_FAKE),
+        generator_real=augmentation(Purpose.GENERATOR_AUGMENT_REAL),
+        generator_fake=augmentation(Purpose.GENERATOR_AUGMENT_FAKE),
+        # A lane's samples are in random order already: its first ones are a random share.
+        penalised=rows[:, :penalised].flatten().to(device),
+        noise_real=noise(Purpose.PENALTY_REAL),
+        noise_fake=noise(Purpose.PENALTY_FAKE),
+    )

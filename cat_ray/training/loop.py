@@ -1,0 +1,42 @@
+"""The training loop: next batch, discriminator step, generator step, average, record, save."""
+
+import torch
+
+from cat_ray.evaluation.alignment_metrics import alignment_figures
+from cat_ray.evaluation.sampling import to_unit
+from cat_ray.training.draws import draw_step
+from cat_ray.training.session import Session, due
+from cat_ray.training.steps import discriminator_step, generator_step
+
+
+def train(session: Session) -> None:
+    """Trains from the session's place in the stream to the end of the run."""
+    config, adversaries = session.config, session.adversaries
+    batch_size = config.optimisation.batch_size
+    reuse = config.optimisation.reuse_generator_forward
+
+    for batch in session.batches():
+        images = to_unit(torch.from_numpy(batch.images).to(session.device))
+        labels = torch.from_numpy(batch.labels).to(session.device)
+        draws = draw_step(config, session.lanes, session.images // batch_size, session.device)
+
+        with torch.set_grad_enabled(reuse):
+            outputs = adversaries.generator(draws.latents, labels)
+        figures = discriminator_step(adversaries, images, labels, outputs.detach(), draws)
+        if not reuse:
+            outputs = adversaries.generator(draws.latents, labels)
+        figures |= generator_step(adversaries, images, labels, outputs, draws)
+        session.averages.update()
+        session.images += batch_size
+
+        for name, values in alignment_figures(outputs.detach()).items():
+            figures[name] = values.sum() / batch_size
+        session.recorder.add(figures)
+        if due(session.images, config.reporting.log_every_images, config):
+            session.record()
+        if due(session.images, config.reporting.grid_every_images, config):
+            session.draw_grid()
+        if due(session.images, config.evaluation.every_images, config):
+            session.evaluate()
+        if due(session.images, config.checkpoints.save_every_images, config):
+            session.save()

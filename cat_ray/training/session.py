@@ -1,0 +1,242 @@
+"""A worker's part of a run: its networks, its place in the stream, and what it does beside training.
+
+Everything named here that saves, draws or evaluates is called by every worker; the first writes.
+"""
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import distributed
+
+from cat_ray.checkpoint import layout
+from cat_ray.checkpoint.layout import State
+from cat_ray.checkpoint.read import read_state, read_tensors
+from cat_ray.checkpoint.write import drop_old, write_checkpoint
+from cat_ray.config import Config, dump
+from cat_ray.data.read import read_images
+from cat_ray.data.stream import Batch, RankStream
+from cat_ray.errors import BadInput
+from cat_ray.evaluation.classifier import Reference, fit_reference, measure
+from cat_ray.evaluation.grid import stage_grid, to_png
+from cat_ray.evaluation.sampling import latents, sample_stages, to_pixels, to_unit
+from cat_ray.model.build import build_discriminator, build_generator
+from cat_ray.objective.alignment import load_teacher
+from cat_ray.operations.journal import Journal
+from cat_ray.storage import Location, locate
+from cat_ray.training.averaging import Averages
+from cat_ray.training.engines import Engine, choose_device
+from cat_ray.training.randomness import Purpose, key
+from cat_ray.training.recorder import Recorder
+from cat_ray.training.steps import Adversaries
+from cat_ray.versions import versions
+
+GRIDS = "grids"
+GRID_ROWS = 4
+GRID_COLUMNS = 10
+REFERENCE_IMAGES = 5000
+
+
+def due(images: int, every_images: int, config: Config) -> bool:
+    """Whether an interval ended with the last batch, or the run did."""
+    before = images - config.optimisation.batch_size
+    return images // every_images > before // every_images or images == config.run.total_images
+
+
+class Session:
+    """From the start of a worker group to its end, as one worker sees it."""
+
+    def __init__(self, config: Config, stream: RankStream, name: str):
+        self.config = config
+        self.lanes = stream.lanes
+        self.images = stream.due.start
+        self.device = choose_device()
+        self._stream = stream
+        self._run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
+        self._resumed_at = self.images
+        self._broken = 0
+        self._reference: Reference | None = None
+
+        checkpoint = self._checkpoint()
+        self.adversaries = self._build(checkpoint)
+        self.averages = Averages(self.adversaries.generator, config.optimisation.ema_decays)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self._first = distributed.get_rank() == 0
+        self._journal = Journal(self._run, name, self.images) if self._first else None
+        if self.images == 0:
+            self.draw_grid()
+            self.evaluate()
+        self.recorder = Recorder(self.device)
+
+    def batches(self) -> Iterator[Batch]:
+        """This worker's part of every batch still due."""
+        return self.recorder.timed(self._stream.batches())
+
+    def record(self) -> None:
+        """Writes the figures since the last line.
+
+        Raises:
+            BadInput: more samples were broken than the configuration allows.
+        """
+        config = self.config
+        values, broken = self.recorder.collect(config.optimisation.batch_size)
+        values["generator_gradient_norm"] = self.adversaries.generator.gradient_norm()
+        values["discriminator_gradient_norm"] = self.adversaries.discriminator.gradient_norm()
+        self._broken += len(broken)
+        left = config.run.total_images - self.images
+        if self._journal is not None:
+            eta = left / values["images_per_second"]
+            self._journal.append(
+                "train",
+                self.images,
+                epoch=self.images / self._stream.due.stream.epoch_images,
+                workers=distributed.get_world_size(),
+                broken_samples=self._broken,
+                eta_seconds=eta,
+                **values,
+            )
+            if broken:
+                self._journal.append("broken", self.images, samples=broken)
+        if self._broken > config.data.max_broken_samples:
+            raise BadInput(
+                f"{self._broken} broken samples are more than data.max_broken_samples "
+                f"{config.data.max_broken_samples}, the last ones: {'; '.join(broken[-3:])}"
+            )
+
+    def draw_grid(self) -> None:
+        """Draws the fixed latents' samples at every stage, side by side."""
+        started = time.perf_counter()
+        columns = min(self.config.data.num_classes, GRID_COLUMNS)
+        count = columns * GRID_ROWS
+        labels = torch.arange(count) % columns
+        outputs = self._sample(range(count), labels)
+        if self._journal is not None:
+            picture = to_png(stage_grid(outputs, columns))
+            (self._run / GRIDS / f"images-{self.images:012d}.png").write(picture)
+        self._pause(started)
+
+    def evaluate(self) -> None:
+        """Measures averaged samples against the real images, as the protocol says."""
+        evaluation = self.config.evaluation
+        if evaluation.protocol == "none":
+            return
+        started = time.perf_counter()
+        world_size, rank = distributed.get_world_size(), distributed.get_rank()
+        # Every worker makes equally many: under ZeRO 3 their forward passes go together.
+        each = -(-evaluation.samples // world_size)
+        own = [(rank * each + place) % evaluation.samples for place in range(each)]
+        labels = torch.arange(evaluation.samples) % self.config.data.num_classes
+        pixels = to_pixels(self._sample(own, labels[own])[-1]).to(self.device)
+        parts = [torch.empty_like(pixels) for _ in range(world_size)]
+        distributed.all_gather(parts, pixels)
+        if self._journal is not None:
+            samples = to_unit(torch.cat(parts)[: evaluation.samples].cpu()).flatten(1).numpy()
+            figures = measure(self._fitted_reference(), samples, labels.numpy())
+            self._journal.append("evaluation", self.images, samples=evaluation.samples, **figures)
+        distributed.barrier()
+        self._pause(started)
+
+    def save(self) -> None:
+        """Writes a checkpoint of everything and drops those that are too old."""
+        started = time.perf_counter()
+        generator, discriminator = self.adversaries.generator, self.adversaries.discriminator
+        files = [
+            (layout.GENERATOR, generator.weights()),
+            (layout.GENERATOR_MOMENTS, generator.moments()),
+            (layout.DISCRIMINATOR, discriminator.weights()),
+            (layout.DISCRIMINATOR_MOMENTS, discriminator.moments()),
+        ]
+        for decay in self.config.optimisation.ema_decays:
+            files.append((layout.average_file(decay), self.averages.weights(decay)))
+        if self._journal is not None:
+            state = State(
+                images=self.images,
+                data_digest=self._stream.due.index.digest(),
+                config=dump(self.config),
+                versions=versions(),
+            )
+            checkpoint = write_checkpoint(self._run, state, files)
+            drop_old(self._run, self.config.checkpoints.keep)
+            seconds = time.perf_counter() - started
+            self._journal.append(
+                "checkpoint", self.images, location=checkpoint.uri, seconds=seconds
+            )
+        distributed.barrier()
+        self._pause(started)
+
+    def close(self) -> None:
+        """Ends the run's files."""
+        if self._journal is not None:
+            self._journal.close()
+
+    def _checkpoint(self) -> Location | None:
+        uri, storage = self._stream.due.checkpoint, self.config.storage
+        return locate(uri, storage.endpoint_url, storage.region) if uri else None
+
+    def _build(self, checkpoint: Location | None) -> Adversaries:
+        config, optimisation = self.config, self.config.optimisation
+        on_gpu = self.device.type == "cuda"
+        halved = optimisation.precision == "bf16" or (optimisation.precision == "auto" and on_gpu)
+        dtype = torch.bfloat16 if halved else None
+        torch.manual_seed(key(config.run.seed, Purpose.INITIALISATION, 0))
+        generator = build_generator(config, dtype).to(self.device)
+        torch.manual_seed(key(config.run.seed, Purpose.INITIALISATION, 1))
+        discriminator = build_discriminator(config, dtype).to(self.device)
+        if checkpoint is not None:
+            # Before the engines are made: their fp32 masters are copies of these.
+            generator.load_state_dict(read_tensors(checkpoint, layout.GENERATOR))
+            discriminator.load_state_dict(read_tensors(checkpoint, layout.DISCRIMINATOR))
+        alignment, teacher = config.objective.alignment, None
+        if alignment.weight:
+            teacher = load_teacher(alignment.teacher, alignment.teacher_width).to(self.device)
+        model = config.model
+        return Adversaries(
+            config=config,
+            generator=Engine(
+                generator, optimisation.generator, config, model.generator.dimensions().width
+            ),
+            discriminator=Engine(
+                discriminator,
+                optimisation.discriminator,
+                config,
+                model.discriminator.dimensions().width,
+            ),
+            teacher=teacher,
+        )
+
+    def _restore(self, checkpoint: Location) -> None:
+        config, device = self.config, self.device
+        steps = read_state(checkpoint).images // config.optimisation.batch_size
+        label = torch.zeros(1, dtype=torch.long, device=device)
+        latent = torch.zeros(1, config.model.generator.latent_width, device=device)
+        pyramid = [
+            torch.zeros(1, config.model.channels, side, side, device=device)
+            for side in config.model.scales()
+        ]
+        self.adversaries.generator.restore(
+            read_tensors(checkpoint, layout.GENERATOR_MOMENTS), steps, latent, label
+        )
+        self.adversaries.discriminator.restore(
+            read_tensors(checkpoint, layout.DISCRIMINATOR_MOMENTS), steps, pyramid, label
+        )
+        for decay in config.optimisation.ema_decays:
+            self.averages.load(decay, read_tensors(checkpoint, layout.average_file(decay)))
+
+    def _sample(self, indices: range | list[int], labels: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        z = latents(config.run.seed, indices, config.model.generator.latent_width)
+        with self.averages.applied(config.optimisation.ema_decays[0]) as network:
+            return sample_stages(network, z, labels, self.device)
+
+    def _fitted_reference(self) -> Reference:
+        if self._reference is None:
+            due = self._stream.due
+            images, labels = read_images(due.folder, due.index, due.num_classes, REFERENCE_IMAGES)
+            pixels = to_unit(torch.from_numpy(images)).flatten(1).numpy()
+            self._reference = fit_reference(pixels, labels)
+        return self._reference
+
+    def _pause(self, started: float) -> None:
+        if hasattr(self, "recorder"):
+            self.recorder.pause(time.perf_counter() - started)
