@@ -14,6 +14,7 @@ from cat_ray.errors import BadInput
 CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 60.0
 ATTEMPTS = 4
+REMOTE_HINT = "; check the URI, storage.endpoint_url and the AWS credentials in the environment"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Location:
             local.parent.mkdir(parents=True, exist_ok=True)
             partial = local.with_name(f".{local.name}.partial")
             partial.write_bytes(content)
-            os.replace(partial, local)
+            partial.replace(local)
 
     def upload(self, source: Path) -> None:
         """Copies a local file here, in pieces; in place at once, as `write`."""
@@ -84,7 +85,7 @@ class Location:
                 destination_filesystem=self.filesystem,
             )
             if local is not None:
-                os.replace(target, local)
+                Path(target).replace(local)
 
     def folders(self) -> list["Location"]:
         """The folders directly below, by name; none if there is nothing here."""
@@ -114,13 +115,7 @@ class Location:
             raise BadInput(f"{self.uri} doesn't exist") from error
         except OSError as error:
             reason = str(error).splitlines()[0]
-            hint = (
-                ""
-                if self.local_path
-                else (
-                    "; check the URI, storage.endpoint_url and the AWS credentials in the environment"
-                )
-            )
+            hint = "" if self.local_path else REMOTE_HINT
             raise BadInput(f"storage failed at {self.uri}: {reason}{hint}") from error
 
 

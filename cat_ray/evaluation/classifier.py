@@ -2,8 +2,9 @@
 
 A support vector classifier fitted to real images tells whether a sample shows the class that it
 was asked for; the spread within a class and recall tell whether the samples differ among
-themselves; the Frechet distance is taken on principal components of the pixels. None of it is
-comparable with an Inception FID, and it does not bear that name.
+themselves; the Frechet distance is taken on principal components of the pixels. Recall and
+precision are ADM's, on the classifier's decision values, and for comparison on pixels. None of it
+is comparable with an Inception FID, and it does not bear that name.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from sklearn.svm import SVC
 from cat_ray.evaluation.distance import frechet_distance, moments
 
 HELD_OUT_SHARE = 0.2
-REGULARISATION = 5.0
+REGULARISATION = 10.0
+SHARPNESS = 2.0
 COMPONENTS = 64
 NEIGHBOURS = 3
 
@@ -42,7 +44,8 @@ class Reference:
 def fit_reference(pixels: np.ndarray, labels: np.ndarray) -> Reference:
     """Fits the classifier and the components to real images `[N, d]` of classes `[N]`."""
     held_out = int(len(pixels) * HELD_OUT_SHARE)
-    classifier = SVC(C=REGULARISATION).fit(pixels[held_out:], labels[held_out:])
+    gamma = SHARPNESS / (pixels.shape[1] * pixels.var())
+    classifier = SVC(C=REGULARISATION, gamma=gamma).fit(pixels[held_out:], labels[held_out:])
     accuracy = float(classifier.score(pixels[:held_out], labels[:held_out]))
     centred = pixels - pixels.mean(axis=0)
     directions = np.linalg.svd(centred, full_matrices=False)[2]
@@ -55,17 +58,21 @@ def measure(reference: Reference, samples: np.ndarray, labels: np.ndarray) -> di
     Returns:
         `class_accuracy`: share of samples in which the classifier finds the intended class;
         `within_class_spread`: per-pixel standard deviation within a class, as a ratio to the
-        reals'; `recall` and `precision` (Kynkaanniemi et al., 3 neighbours, on pixels, against as
-        many reals as samples); `frechet_pixel_pca`; and the classifier's `held_out_accuracy`.
+        reals'; `recall` and `precision` (Kynkaanniemi et al., 3 neighbours, against as many reals
+        as samples) on the classifier's decision values, and `recall_pixels` on pixels;
+        `frechet_pixel_pca`; and the classifier's own `held_out_accuracy`.
     """
     real = reference.pixels[: len(samples)]
+    decide = reference.classifier.decision_function
+    real_features, features = decide(real), decide(samples)
     real_moments = moments(reference.pixels @ reference.components)
     spread = within_class_spread(samples, labels)
     return {
         "class_accuracy": float((reference.classifier.predict(samples) == labels).mean()),
         "within_class_spread": spread / within_class_spread(reference.pixels, reference.labels),
-        "recall": coverage(real, samples),
-        "precision": coverage(samples, real),
+        "recall": coverage(real_features, features),
+        "precision": coverage(features, real_features),
+        "recall_pixels": coverage(real, samples),
         "frechet_pixel_pca": frechet_distance(
             real_moments, moments(samples @ reference.components)
         ),

@@ -97,7 +97,8 @@ class Discriminator(nn.Module):
         self.scale_embedding = nn.Parameter(TOKEN_INIT_STD * torch.randn(scales, width))
         self.blocks = nn.ModuleList(Block(width, shape.size.heads) for _ in range(shape.size.depth))
         self.norm = nn.RMSNorm(width, eps=NORM_EPSILON)
-        self.feature = linear(width, shape.projection_width)
+        # No bias: it would cancel in every relativistic pair, and Adam would follow rounding noise.
+        self.feature = linear(width, shape.projection_width, bias=False)
         self.class_vector = ClassVector(
             shape.num_classes, shape.projection_width, shape.class_lr_multiplier
         )

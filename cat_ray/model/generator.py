@@ -118,7 +118,7 @@ class Generator(nn.Module):
         self.register_buffer("sines", sines, persistent=False)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        """`z [B, latent_width]`, `labels [B]` to stage outputs h_1..h_K, `[K, B, c, R, R]`, fp32."""
+        """`z [B, latent_width]` and `labels [B]` to outputs h_1..h_K, `[K, B, c, R, R]` in fp32."""
         # The mapping network's stored weights are large and move slowly: it stays in fp32.
         with precision(z.device, None):
             style = F.silu(self.mapping(z, labels))

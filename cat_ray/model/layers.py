@@ -27,11 +27,12 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=NORM_EPSILON)
 
 
-def linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
+def linear(inputs: int, outputs: int, gain: float = 1.0, bias: bool = True) -> nn.Linear:
     """A linear layer with Xavier-uniform weights and zero bias."""
-    layer = nn.Linear(inputs, outputs)
+    layer = nn.Linear(inputs, outputs, bias=bias)
     nn.init.xavier_uniform_(layer.weight, gain=gain)
-    nn.init.zeros_(layer.bias)
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer
 
 

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: `metrics.jsonl` and TensorBoard, local first, then uploaded."""
+"""What a run writes down as it goes: `metrics.jsonl` and TensorBoard, local, then uploaded."""
 
 import hashlib
 import json

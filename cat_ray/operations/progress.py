@@ -4,7 +4,8 @@ import threading
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
 from cat_ray.operations.journal import Row, read_rows
 from cat_ray.storage import Location

@@ -1,4 +1,4 @@
-"""Exponential moving averages of the generator's weights, in fp32, held as its engine holds them."""
+"""Moving averages of the generator's weights, in fp32, held as its engine holds the weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +51,7 @@ class Averages:
 
     @torch.no_grad()
     def _swap(self, decay: float) -> None:
+        self._engine.release()
         for parameter, average in zip(self._parameters, self._averages[decay], strict=True):
             present = local_values(parameter)
             kept = present.clone()

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, distributed, nn
 
-from cat_ray.config import Config, EngineSettings
+from cat_ray.config import EngineSettings, Optimisation
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EPSILON = 1e-8
@@ -28,9 +28,10 @@ class Engine:
     with losses that are parts of the batch's mean, this is the gradient of the whole batch.
     """
 
-    def __init__(self, network: nn.Module, settings: EngineSettings, config: Config, width: int):
+    def __init__(
+        self, network: nn.Module, settings: EngineSettings, optimisation: Optimisation, width: int
+    ):
         deepspeed = _import_deepspeed()
-        optimisation = config.optimisation
         self.zero_stage = settings.zero_stage
         self.world_size = distributed.get_world_size()
         optimizer = torch.optim.AdamW(
@@ -74,8 +75,18 @@ class Engine:
         """The global norm of the last step's gradient, before clipping."""
         return float(self._engine.get_global_grad_norm() or 0.0)
 
+    def release(self) -> None:
+        """Under ZeRO 3, drops what forward passes gathered: the shards alone are the weights.
+
+        DeepSpeed keeps the parameters of a module whose inputs have no gradient, as the mapping
+        network's, gathered after the backward pass.
+        """
+        if self.zero_stage == PARTITIONED:
+            self._engine.empty_partition_cache()
+
     def weights(self) -> dict[str, Tensor]:
         """The full fp32 parameters by name, on the CPU. Every worker must call this."""
+        self.release()
         return {name: self._full(parameter) for name, parameter in self.module.named_parameters()}
 
     def moments(self) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 
 
 class Purpose(StrEnum):
-    """What a stream of random numbers is for. A name never changes: it is part of a run's identity."""
+    """What a stream of random numbers is for; the names are part of a run's identity."""
 
     INITIALISATION = "initialisation"
     LATENT = "latent"

@@ -1,4 +1,4 @@
-"""A worker's part of a run: its networks, its place in the stream, and what it does beside training.
+"""A worker's part of a run: its state, its place in the stream, what it does beside training.
 
 Everything named here that saves, draws or evaluates is called by every worker; the first writes.
 """
@@ -9,9 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import distributed
 
-from cat_ray.checkpoint import layout
 from cat_ray.checkpoint.layout import State
-from cat_ray.checkpoint.read import read_state, read_tensors
 from cat_ray.checkpoint.write import drop_old, write_checkpoint
 from cat_ray.config import Config, dump
 from cat_ray.data.read import read_images
@@ -20,15 +18,11 @@ from cat_ray.errors import BadInput
 from cat_ray.evaluation.classifier import Reference, fit_reference, measure
 from cat_ray.evaluation.grid import stage_grid, to_png
 from cat_ray.evaluation.sampling import latents, sample_stages, to_pixels, to_unit
-from cat_ray.model.build import build_discriminator, build_generator
-from cat_ray.objective.alignment import load_teacher
 from cat_ray.operations.journal import Journal
-from cat_ray.storage import Location, locate
-from cat_ray.training.averaging import Averages
-from cat_ray.training.engines import Engine, choose_device
-from cat_ray.training.randomness import Purpose, key
+from cat_ray.storage import locate
+from cat_ray.training.engines import choose_device
 from cat_ray.training.recorder import Recorder
-from cat_ray.training.steps import Adversaries
+from cat_ray.training.state import make_state, state_files
 from cat_ray.versions import versions
 
 GRIDS = "grids"
@@ -53,15 +47,18 @@ class Session:
         self.device = choose_device()
         self._stream = stream
         self._run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
-        self._resumed_at = self.images
         self._broken = 0
         self._reference: Reference | None = None
 
-        checkpoint = self._checkpoint()
-        self.adversaries = self._build(checkpoint)
-        self.averages = Averages(self.adversaries.generator, config.optimisation.ema_decays)
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        checkpoint = stream.due.checkpoint
+        storage = config.storage
+        self._state = make_state(
+            config,
+            self.device,
+            locate(checkpoint, storage.endpoint_url, storage.region) if checkpoint else None,
+        )
+        self.adversaries = self._state.adversaries
+        self.averages = self._state.averages
         self._first = distributed.get_rank() == 0
         self._journal = Journal(self._run, name, self.images) if self._first else None
         if self.images == 0:
@@ -140,16 +137,11 @@ class Session:
     def save(self) -> None:
         """Writes a checkpoint of everything and drops those that are too old."""
         started = time.perf_counter()
-        generator, discriminator = self.adversaries.generator, self.adversaries.discriminator
-        files = [
-            (layout.GENERATOR, generator.weights()),
-            (layout.GENERATOR_MOMENTS, generator.moments()),
-            (layout.DISCRIMINATOR, discriminator.weights()),
-            (layout.DISCRIMINATOR_MOMENTS, discriminator.moments()),
-        ]
-        for decay in self.config.optimisation.ema_decays:
-            files.append((layout.average_file(decay), self.averages.weights(decay)))
-        if self._journal is not None:
+        files = state_files(self._state)
+        if self._journal is None:
+            for _ in files:
+                continue
+        else:
             state = State(
                 images=self.images,
                 data_digest=self._stream.due.index.digest(),
@@ -169,59 +161,6 @@ class Session:
         """Ends the run's files."""
         if self._journal is not None:
             self._journal.close()
-
-    def _checkpoint(self) -> Location | None:
-        uri, storage = self._stream.due.checkpoint, self.config.storage
-        return locate(uri, storage.endpoint_url, storage.region) if uri else None
-
-    def _build(self, checkpoint: Location | None) -> Adversaries:
-        config, optimisation = self.config, self.config.optimisation
-        on_gpu = self.device.type == "cuda"
-        halved = optimisation.precision == "bf16" or (optimisation.precision == "auto" and on_gpu)
-        dtype = torch.bfloat16 if halved else None
-        torch.manual_seed(key(config.run.seed, Purpose.INITIALISATION, 0))
-        generator = build_generator(config, dtype).to(self.device)
-        torch.manual_seed(key(config.run.seed, Purpose.INITIALISATION, 1))
-        discriminator = build_discriminator(config, dtype).to(self.device)
-        if checkpoint is not None:
-            # Before the engines are made: their fp32 masters are copies of these.
-            generator.load_state_dict(read_tensors(checkpoint, layout.GENERATOR))
-            discriminator.load_state_dict(read_tensors(checkpoint, layout.DISCRIMINATOR))
-        alignment, teacher = config.objective.alignment, None
-        if alignment.weight:
-            teacher = load_teacher(alignment.teacher, alignment.teacher_width).to(self.device)
-        model = config.model
-        return Adversaries(
-            config=config,
-            generator=Engine(
-                generator, optimisation.generator, config, model.generator.dimensions().width
-            ),
-            discriminator=Engine(
-                discriminator,
-                optimisation.discriminator,
-                config,
-                model.discriminator.dimensions().width,
-            ),
-            teacher=teacher,
-        )
-
-    def _restore(self, checkpoint: Location) -> None:
-        config, device = self.config, self.device
-        steps = read_state(checkpoint).images // config.optimisation.batch_size
-        label = torch.zeros(1, dtype=torch.long, device=device)
-        latent = torch.zeros(1, config.model.generator.latent_width, device=device)
-        pyramid = [
-            torch.zeros(1, config.model.channels, side, side, device=device)
-            for side in config.model.scales()
-        ]
-        self.adversaries.generator.restore(
-            read_tensors(checkpoint, layout.GENERATOR_MOMENTS), steps, latent, label
-        )
-        self.adversaries.discriminator.restore(
-            read_tensors(checkpoint, layout.DISCRIMINATOR_MOMENTS), steps, pyramid, label
-        )
-        for decay in config.optimisation.ema_decays:
-            self.averages.load(decay, read_tensors(checkpoint, layout.average_file(decay)))
 
     def _sample(self, indices: range | list[int], labels: torch.Tensor) -> torch.Tensor:
         config = self.config

@@ -1,5 +1,6 @@
 """The layers that both networks are made of."""
 
+import cmath
 import math
 
 import pytest
@@ -97,9 +98,10 @@ def test_half_a_head_turns_with_the_row_and_half_with_the_column(half, follows_r
 
 
 def test_rotation_turns_adjacent_pairs_one_radian_a_step_at_the_highest_frequency():
-    x = torch.tensor([1.0, 0.0, 0.0, 1.0]).expand(1, 1, 9, 4)
+    x = torch.tensor([1.0, 2.0, 3.0, 5.0]).expand(1, 1, 9, 4)
     turned = rotate(x, *rotary_table(3, 4))[0, 0].view(3, 3, 4)
-    expected = [math.cos(2), math.sin(2), -math.sin(1), math.cos(1)]
+    pairs = [complex(1, 2) * cmath.exp(2j), complex(3, 5) * cmath.exp(1j)]
+    expected = [part for pair in pairs for part in (pair.real, pair.imag)]
     torch.testing.assert_close(turned[2, 1], torch.tensor(expected))
 
 

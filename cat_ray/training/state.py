@@ -1,0 +1,105 @@
+"""Everything that a run's future depends on: made from a seed, taken out, put back.
+
+What is not here is a function of the seed and the images seen.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cat_ray.checkpoint import layout
+from cat_ray.checkpoint.read import read_state, read_tensors
+from cat_ray.config import Config
+from cat_ray.model.build import build_discriminator, build_generator
+from cat_ray.objective.alignment import load_teacher
+from cat_ray.storage import Location
+from cat_ray.training.averaging import Averages
+from cat_ray.training.engines import Engine
+from cat_ray.training.randomness import Purpose, key
+from cat_ray.training.steps import Adversaries
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Both engines with their optimisers, and the generator's averages."""
+
+    adversaries: Adversaries
+    averages: Averages
+
+
+def make_state(config: Config, device: torch.device, checkpoint: Location | None) -> TrainingState:
+    """The state at the start of a run, or as a checkpoint holds it. Every worker must call this."""
+    dtype = _autocast_dtype(config, device)
+    torch.manual_seed(key(config.run.seed, Purpose.INITIALISATION, 0))
+    generator = build_generator(config, dtype).to(device)
+    torch.manual_seed(key(config.run.seed, Purpose.INITIALISATION, 1))
+    discriminator = build_discriminator(config, dtype).to(device)
+    if checkpoint is not None:
+        # Before the engines are made: their fp32 masters are copies of these.
+        generator.load_state_dict(read_tensors(checkpoint, layout.GENERATOR))
+        discriminator.load_state_dict(read_tensors(checkpoint, layout.DISCRIMINATOR))
+    alignment, teacher = config.objective.alignment, None
+    if alignment.weight:
+        teacher = load_teacher(alignment.teacher, alignment.teacher_width).to(device)
+    adversaries = Adversaries(
+        config=config,
+        generator=Engine(
+            generator,
+            config.optimisation.generator,
+            config.optimisation,
+            config.model.generator.dimensions().width,
+        ),
+        discriminator=Engine(
+            discriminator,
+            config.optimisation.discriminator,
+            config.optimisation,
+            config.model.discriminator.dimensions().width,
+        ),
+        teacher=teacher,
+    )
+    state = TrainingState(
+        adversaries, Averages(adversaries.generator, config.optimisation.ema_decays)
+    )
+    if checkpoint is not None:
+        _restore(state, checkpoint, device)
+    return state
+
+
+def state_files(state: TrainingState) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """A checkpoint's files and their tensors, one after the other. Every worker must go through."""
+    generator, discriminator = state.adversaries.generator, state.adversaries.discriminator
+    yield layout.GENERATOR, generator.weights()
+    yield layout.GENERATOR_MOMENTS, generator.moments()
+    yield layout.DISCRIMINATOR, discriminator.weights()
+    yield layout.DISCRIMINATOR_MOMENTS, discriminator.moments()
+    for decay in state.adversaries.config.optimisation.ema_decays:
+        yield layout.average_file(decay), state.averages.weights(decay)
+
+
+def _restore(state: TrainingState, checkpoint: Location, device: torch.device) -> None:
+    config = state.adversaries.config
+    steps = read_state(checkpoint).images // config.optimisation.batch_size
+    label = torch.zeros(1, dtype=torch.long, device=device)
+    latent = torch.zeros(1, config.model.generator.latent_width, device=device)
+    pyramid = [
+        torch.zeros(1, config.model.channels, side, side, device=device)
+        for side in config.model.scales()
+    ]
+    aligned_rows = 1 if state.adversaries.teacher else 0
+    state.adversaries.generator.restore(
+        read_tensors(checkpoint, layout.GENERATOR_MOMENTS), steps, latent, label
+    )
+    state.adversaries.discriminator.restore(
+        read_tensors(checkpoint, layout.DISCRIMINATOR_MOMENTS), steps, pyramid, label, aligned_rows
+    )
+    for decay in config.optimisation.ema_decays:
+        state.averages.load(decay, read_tensors(checkpoint, layout.average_file(decay)))
+
+
+def _autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    precision = config.optimisation.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return torch.bfloat16 if precision == "bf16" else None

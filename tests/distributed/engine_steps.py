@@ -1,0 +1,105 @@
+"""Run by test_engines.py in each process: the same steps through DeepSpeed at every ZeRO stage."""
+
+import json
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from deepspeed.utils import safe_get_full_grad
+from torch import distributed, nn
+
+from cat_ray.checkpoint.layout import State
+from cat_ray.checkpoint.write import write_checkpoint
+from cat_ray.config import Config, parse
+from cat_ray.storage import locate
+from cat_ray.training.draws import draw_step
+from cat_ray.training.engines import local_values
+from cat_ray.training.lanes import share
+from cat_ray.training.state import TrainingState, make_state, state_files
+from cat_ray.training.steps import discriminator_step, generator_step
+
+CPU = torch.device("cpu")
+
+
+def engine_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+    """The gradient that DeepSpeed keeps in places of its own, if it has one."""
+    if not (hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")):
+        return None
+    try:
+        return safe_get_full_grad(parameter)
+    except ValueError:
+        # Its word for: there was no backward since the last step.
+        return None
+
+
+def holds_gradient(network: nn.Module) -> bool:
+    """Whether any parameter has a gradient anywhere, in PyTorch's place or in DeepSpeed's."""
+    return any(
+        gradient is not None and bool(gradient.any())
+        for parameter in network.parameters()
+        for gradient in (parameter.grad, engine_gradient(parameter))
+    )
+
+
+def step(state: TrainingState, config: Config, images, labels, at: int) -> dict[str, bool]:
+    """One D and G step on this process's lanes; what leaked."""
+    lanes = share(config.optimisation.lanes, distributed.get_world_size(), distributed.get_rank())
+    size = config.optimisation.lane_size
+    own = slice(lanes.start * size, lanes.stop * size)
+    generator, discriminator = state.adversaries.generator, state.adversaries.discriminator
+    draws = draw_step(config, lanes, at, CPU)
+    outputs = generator(draws.latents, labels[own])
+    before = held(generator.module)
+    discriminator_step(state.adversaries, images[own], labels[own], outputs.detach(), draws)
+    leaks = {"generator": holds_gradient(generator.module)}
+    leaks["generator moved"] = differs(before, held(generator.module))
+    before = held(discriminator.module)
+    generator_step(state.adversaries, images[own], labels[own], outputs, draws)
+    leaks["discriminator"] = holds_gradient(discriminator.module)
+    leaks["discriminator moved"] = differs(before, held(discriminator.module))
+    state.averages.update()
+    return leaks
+
+
+def held(network: nn.Module) -> list[torch.Tensor]:
+    """What this process holds of the weights: under ZeRO 3 nothing can be gathered in a step."""
+    return [local_values(parameter).clone() for parameter in network.parameters()]
+
+
+def differs(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
+    return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def main() -> None:
+    folder, steps, stages = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+    start_from = sys.argv[4] if len(sys.argv) > 4 else None
+    distributed.init_process_group("gloo")
+    text = (folder / "job.yaml").read_text()
+    batches = safetensors.torch.load_file(folder / "batches.safetensors")
+    for stage in stages:
+        config = parse(
+            text,
+            "job",
+            [f"optimisation.{name}.zero_stage={stage}" for name in ("generator", "discriminator")],
+        )
+        checkpoint = locate(start_from) if start_from else None
+        state = make_state(config, CPU, checkpoint)
+        first = steps if start_from else 0
+        leaks = [
+            step(state, config, batches["images"][at], batches["labels"][at], at)
+            for at in range(first, first + steps)
+        ]
+        files = list(state_files(state))
+        if distributed.get_rank() == 0:
+            name = f"{'resumed-' if start_from else ''}{distributed.get_world_size()}-zero{stage}"
+            batch = config.optimisation.batch_size
+            whole = State((first + steps) * batch, "", text, {})
+            write_checkpoint(locate(str(folder / name)), whole, files)
+            (folder / f"{name}.json").write_text(json.dumps(leaks))
+        distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Two ZeRO engines take the steps that plain PyTorch takes, at every stage and number of ranks."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from cat_ray.checkpoint import layout
+from cat_ray.checkpoint.read import newest, read_tensors
+from cat_ray.config import Config, parse
+from cat_ray.model.build import build_discriminator, build_generator
+from cat_ray.storage import locate
+from cat_ray.training.draws import draw_step
+from cat_ray.training.randomness import Purpose, key
+from cat_ray.training.steps import Adversaries, discriminator_step, generator_step
+
+STEPS = 5
+TOLERANCE = 1e-6
+STAGES = (0, 1, 2, 3)
+SCRIPT = Path(__file__).with_name("engine_steps.py")
+CPU = torch.device("cpu")
+
+# Uneven shares at two ranks: three lanes. The learning rate is the recipe's 2e-4: Adam divides a
+# gradient by its own size, so that the rounding of a tiny one is worth a share of the rate.
+CHANGES = (
+    "optimisation.generator.width_aware=false",
+    "optimisation.discriminator.width_aware=false",
+    "optimisation.batch_size=12",
+    "optimisation.lanes=3",
+    "run.total_images=120",
+    "objective.penalty={sigma: 0.05, share: 0.5}",
+)
+
+
+class PlainEngine:
+    """What an engine does, in four lines of PyTorch."""
+
+    def __init__(self, module: nn.Module, rate: float, clip: float):
+        self.module = module
+        self.clip = clip
+        self.optimizer = torch.optim.AdamW(
+            module.parameters(), lr=rate, betas=(0.0, 0.99), weight_decay=0.0
+        )
+
+    def __call__(self, *inputs):
+        return self.module(*inputs)
+
+    def descend(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def plain_training(config: Config, batches: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+    """The generator's, the discriminator's and the first average's weights, one process."""
+    torch.manual_seed(key(config.run.seed, Purpose.INITIALISATION, 0))
+    generator = build_generator(config)
+    torch.manual_seed(key(config.run.seed, Purpose.INITIALISATION, 1))
+    discriminator = build_discriminator(config)
+    average = {name: value.detach().clone() for name, value in generator.named_parameters()}
+    clip = config.optimisation.gradient_clip
+    rates = (
+        config.optimisation.generator.rate(config.model.generator.dimensions().width),
+        config.optimisation.discriminator.rate(config.model.discriminator.dimensions().width),
+    )
+    adversaries = Adversaries(
+        config,
+        PlainEngine(generator, rates[0], clip),  # pyright: ignore[reportArgumentType]
+        PlainEngine(discriminator, rates[1], clip),  # pyright: ignore[reportArgumentType]
+    )
+    decay = config.optimisation.ema_decays[0]
+    for at in range(steps):
+        images, labels = batches["images"][at], batches["labels"][at]
+        draws = draw_step(config, range(config.optimisation.lanes), at, CPU)
+        outputs = generator(draws.latents, labels)
+        discriminator_step(adversaries, images, labels, outputs.detach(), draws)
+        generator_step(adversaries, images, labels, outputs, draws)
+        for name, value in generator.named_parameters():
+            average[name] = decay * average[name] + (1 - decay) * value.detach()
+    return {
+        **{f"generator.{name}": value for name, value in generator.state_dict().items()},
+        **{f"discriminator.{name}": value for name, value in discriminator.state_dict().items()},
+        **{f"average.{name}": value for name, value in average.items()},
+    }
+
+
+def engine_training(folder: Path, decay: float) -> dict[str, Tensor]:
+    checkpoint = newest(locate(str(folder)))
+    assert checkpoint is not None
+    parts = {
+        "generator": layout.GENERATOR,
+        "discriminator": layout.DISCRIMINATOR,
+        "average": layout.average_file(decay),
+    }
+    return {
+        f"{part}.{name}": value
+        for part, file in parts.items()
+        for name, value in read_tensors(checkpoint, file).items()
+    }
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_job: str) -> Config:
+    """The tiny job, with its batches on disk for the processes of the group."""
+    (tmp_path / "job.yaml").write_text(tiny_job)
+    config = parse(tiny_job, "job", CHANGES)
+    (tmp_path / "job.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    random = torch.Generator().manual_seed(0)
+    batches = {
+        "images": torch.rand(2 * STEPS, 12, 1, 32, 32, generator=random) * 2 - 1,
+        "labels": torch.randint(0, 10, (2 * STEPS, 12), generator=random),
+    }
+    safetensors.torch.save_file(batches, tmp_path / "batches.safetensors")
+    return config
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_engines_take_the_steps_of_plain_pytorch(
+    world_size: int, job: Config, tmp_path: Path, run_group: Callable[..., None]
+) -> None:
+    run_group(SCRIPT, world_size, str(tmp_path), str(STEPS), json.dumps(STAGES))
+    batches = safetensors.torch.load_file(tmp_path / "batches.safetensors")
+    expected = plain_training(job, batches, STEPS)
+    decay = job.optimisation.ema_decays[0]
+    differences = {
+        stage: largest_difference(
+            engine_training(tmp_path / f"{world_size}-zero{stage}", decay), expected
+        )
+        for stage in STAGES
+    }
+    print(f"{world_size} ranks, largest difference by ZeRO stage: {differences}")
+    assert max(differences.values()) < TOLERANCE, differences
+
+    for stage in STAGES:
+        leaks = json.loads((tmp_path / f"{world_size}-zero{stage}.json").read_text())
+        assert not any(leaked for at_step in leaks for leaked in at_step.values()), leaks
+
+
+def test_a_checkpoint_goes_on_at_another_stage_and_size(
+    job: Config, tmp_path: Path, run_group: Callable[..., None]
+) -> None:
+    batches = safetensors.torch.load_file(tmp_path / "batches.safetensors")
+    expected = plain_training(job, batches, 2 * STEPS)
+    decay = job.optimisation.ema_decays[0]
+    run_group(SCRIPT, 2, str(tmp_path), str(STEPS), "[3]")
+    saved = newest(locate(str(tmp_path / "2-zero3")))
+    assert saved is not None
+    run_group(SCRIPT, 1, str(tmp_path), str(STEPS), "[0, 2]", saved.uri)
+    run_group(SCRIPT, 2, str(tmp_path), str(STEPS), "[1, 3]", saved.uri)
+    for name in ("1-zero0", "1-zero2", "2-zero1", "2-zero3"):
+        reached = engine_training(tmp_path / f"resumed-{name}", decay)
+        assert largest_difference(reached, expected) < TOLERANCE, name
