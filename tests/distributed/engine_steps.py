@@ -6,7 +6,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from deepspeed.utils import safe_get_full_grad
 from torch import distributed, nn
 
 from cat_ray.checkpoint.layout import State
@@ -22,24 +21,10 @@ from cat_ray.training.steps import discriminator_step, generator_step
 CPU = torch.device("cpu")
 
 
-def engine_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
-    """The gradient that DeepSpeed keeps in places of its own, if it has one."""
-    if not (hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")):
-        return None
-    try:
-        return safe_get_full_grad(parameter)
-    except ValueError:
-        # Its word for: there was no backward since the last step.
-        return None
-
-
 def holds_gradient(network: nn.Module) -> bool:
-    """Whether any parameter has a gradient anywhere, in PyTorch's place or in DeepSpeed's."""
-    return any(
-        gradient is not None and bool(gradient.any())
-        for parameter in network.parameters()
-        for gradient in (parameter.grad, engine_gradient(parameter))
-    )
+    """Whether any parameter has a gradient."""
+    gradients = [parameter.grad for parameter in network.parameters()]
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
 def step(state: TrainingState, config: Config, images, labels, at: int) -> dict[str, bool]:

@@ -24,11 +24,11 @@ STAGES = (0, 1, 2, 3)
 SCRIPT = Path(__file__).with_name("engine_steps.py")
 CPU = torch.device("cpu")
 
-# Uneven shares at two ranks: three lanes. The learning rate is the recipe's 2e-4: Adam divides a
-# gradient by its own size, so that the rounding of a tiny one is worth a share of the rate.
+# Uneven shares at two ranks: three lanes. The learning rate is that of CAT-H, 2e-4 * 768 / 1280:
+# Adam divides a gradient by its own size, so that the rounding of a tiny one is worth a share of it.
 CHANGES = (
-    "optimisation.generator.width_aware=false",
-    "optimisation.discriminator.width_aware=false",
+    "optimisation.generator={learning_rate: 1.2e-4, width_aware: false}",
+    "optimisation.discriminator={learning_rate: 1.2e-4, width_aware: false}",
     "optimisation.batch_size=12",
     "optimisation.lanes=3",
     "run.total_images=120",
@@ -106,8 +106,9 @@ def engine_training(folder: Path, decay: float) -> dict[str, Tensor]:
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Over all elements, absolute for those up to 1 and relative above."""
     assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
+    return max(float(((a[name] - b[name]) / b[name].abs().clamp(min=1)).abs().max()) for name in a)
 
 
 @pytest.fixture
@@ -158,6 +159,9 @@ def test_a_checkpoint_goes_on_at_another_stage_and_size(
     assert saved is not None
     run_group(SCRIPT, 1, str(tmp_path), str(STEPS), "[0, 2]", saved.uri)
     run_group(SCRIPT, 2, str(tmp_path), str(STEPS), "[1, 3]", saved.uri)
-    for name in ("1-zero0", "1-zero2", "2-zero1", "2-zero3"):
-        reached = engine_training(tmp_path / f"resumed-{name}", decay)
-        assert largest_difference(reached, expected) < TOLERANCE, name
+    differences = {
+        name: largest_difference(engine_training(tmp_path / f"resumed-{name}", decay), expected)
+        for name in ("1-zero0", "1-zero2", "2-zero1", "2-zero3")
+    }
+    print(f"resumed from 2 ranks at ZeRO 3, largest difference: {differences}")
+    assert max(differences.values()) < TOLERANCE, differences
