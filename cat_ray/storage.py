@@ -16,6 +16,12 @@ REQUEST_SECONDS = 60.0
 ATTEMPTS = 4
 REMOTE_HINT = "; check the URI, storage.endpoint_url and the AWS credentials in the environment"
 
+# Servers other than AWS refuse the checksum trailers that the AWS SDK would send. Uploads and
+# downloads are verified by our own hashes.
+ENVIRONMENT = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
 
 @dataclass(frozen=True)
 class Location:

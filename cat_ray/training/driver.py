@@ -22,7 +22,7 @@ from cat_ray.errors import BadInput
 from cat_ray.operations.identity import claim
 from cat_ray.operations.progress import Progress
 from cat_ray.operations.report import write_report
-from cat_ray.storage import Location, locate
+from cat_ray.storage import ENVIRONMENT, Location, locate
 from cat_ray.training.worker import work
 
 RAY_FOLDER = "ray"
@@ -145,7 +145,11 @@ def _cluster(config: Config) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.WARNING)
     own = not ray.is_initialized()
     if own and "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": ENVIRONMENT},
+        )
     elif own:
         workers = config.workers
         needed = math.ceil(workers.maximum * workers.cpus_per_worker + CPUS_PER_READ)

@@ -1,0 +1,234 @@
+"""Local folders and object stores behind one type, and errors that say what to do."""
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from pyarrow import fs
+
+from cat_ray import storage
+from cat_ray.errors import BadInput
+from cat_ray.storage import Location, locate
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Location:
+    return locate(str(tmp_path))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a reader finds under names that are not hidden."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name[0] != "."}
+
+
+# Where things are.
+
+
+def test_paths_of_every_form_lead_to_the_same_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for uri in (f"{tmp_path}/a/b", f"file://{tmp_path}/a/b", "a/b", "~/a/b", "./a/b/"):
+        found = locate(uri)
+        assert (found.path, found.uri) == (f"{tmp_path}/a/b",) * 2
+        assert found.local_path == tmp_path / "a" / "b"
+        assert found.name == "b"
+
+
+def test_a_path_below_a_place_is_joined_with_one_slash(place, tmp_path):
+    below = place / "a" / "b.txt"
+    assert (below.path, below.uri) == (f"{tmp_path}/a/b.txt",) * 2
+    assert below.name == "b.txt"
+
+
+@pytest.mark.parametrize("name", ["a b", "50%", "q?x=1#y", "ü"])
+def test_odd_characters_in_a_local_name_are_only_characters(place, tmp_path, name):
+    folder = locate(f"{tmp_path}/{name}")
+    (folder / "file").write(b"x")
+    assert (tmp_path / name / "file").read_bytes() == b"x"
+    assert (folder / "file").read() == b"x"
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/key", "http://host/key", "hdfs://x/y", "s4://b/k"])
+def test_a_scheme_that_is_not_supported_is_refused(uri):
+    with pytest.raises(BadInput, match=f"{uri}: use a local path or s3://bucket/key"):
+        locate(uri)
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "minio", "localhost:9000", "ftp://minio"])
+def test_an_endpoint_that_is_no_http_address_is_refused(endpoint):
+    with pytest.raises(BadInput, match=r"storage\.endpoint_url .*begin it with http://"):
+        locate("s3://bucket/key", endpoint)
+
+
+# Files and folders.
+
+
+@pytest.mark.parametrize("content", [b"", b"x", bytes(range(256)) * 5000])
+def test_what_is_written_is_read(place, tmp_path, content):
+    file = place / "deep" / "er" / "file"
+    assert not file.exists()
+    file.write(content)
+    assert file.read() == content
+    assert (tmp_path / "deep" / "er" / "file").read_bytes() == content
+    assert (file.exists(), file.size()) == (True, len(content))
+
+
+def test_what_is_uploaded_is_read(place, tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(b"new" * 1000)
+    for _ in range(2):
+        (place / "deep" / "file").upload(source)
+        assert (place / "deep" / "file").read() == b"new" * 1000
+    assert source.read_bytes() == b"new" * 1000
+
+
+def test_a_later_write_replaces_the_whole_file(place):
+    (place / "file").write(b"long content")
+    (place / "file").write(b"short")
+    assert (place / "file").read() == b"short"
+
+
+def test_folders_come_by_name_and_without_files_or_grandchildren(place):
+    for name in ("b/1", "a/1", "a/c/1", "10/1", "9/1", "file"):
+        (place / name).write(b"x")
+    assert [folder.name for folder in place.folders()] == ["10", "9", "a", "b"]
+    assert (place.folders()[2] / "1").read() == b"x"
+
+
+def test_sizes_are_those_of_the_files_directly_below(place):
+    for name, size in (("a", 3), ("b", 0), ("folder/c", 7)):
+        (place / name).write(b"x" * size)
+    assert place.sizes() == {"a": 3, "b": 0}
+
+
+def test_nothing_is_found_where_there_is_nothing(place):
+    absent = place / "absent"
+    assert (absent.exists(), absent.size()) == (False, None)
+    assert (absent.folders(), absent.sizes()) == ([], {})
+
+
+def test_a_folder_is_no_file(place):
+    (place / "folder" / "file").write(b"x")
+    assert not (place / "folder").exists()
+    assert (place / "folder").size() is None
+
+
+def test_a_deleted_folder_is_gone_with_all_below_and_nothing_beside(place, tmp_path):
+    for name in ("gone/a", "gone/deep/b", "kept/c"):
+        (place / name).write(b"x")
+    (place / "gone").delete_folder()
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (place / "kept" / "c").exists()
+
+
+# Failures.
+
+
+@pytest.mark.parametrize("name", ["absent", "absent/file"])
+def test_a_file_that_is_not_there_is_named(place, name):
+    with pytest.raises(BadInput) as caught:
+        (place / name).read()
+    assert str(caught.value) == f"{place.uri}/{name} doesn't exist"
+
+
+def test_a_file_in_a_folders_place_is_told_by_name(place):
+    (place / "file").write(b"x")
+    for act in (
+        lambda: (place / "file").folders(),
+        lambda: (place / "file" / "below").write(b"y"),
+    ):
+        with pytest.raises(BadInput, match=f"storage failed at {place.uri}/file"):
+            act()
+
+
+@pytest.mark.parametrize("before", [None, b"old content"])
+def test_a_write_that_fails_leaves_what_was_there(place, tmp_path, before):
+    if before is not None:
+        (place / "file").write(before)
+    # Every write to this device fails as on a full disk.
+    (tmp_path / ".file.partial").symlink_to("/dev/full")
+    with pytest.raises(BadInput, match=r"storage failed at .*/file: .*No space left") as caught:
+        (place / "file").write(b"new content")
+    cause = caught.value.__cause__
+    assert isinstance(cause, OSError)
+    assert cause.errno == errno.ENOSPC
+    assert files(tmp_path) == ({} if before is None else {"file": before})
+
+
+@pytest.mark.parametrize("before", [None, b"old content"])
+def test_a_write_that_is_killed_leaves_what_was_there(place, tmp_path, monkeypatch, before):
+    if before is not None:
+        (place / "file").write(before)
+
+    def killed_halfway(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", killed_halfway)
+    with pytest.raises(KeyboardInterrupt):
+        (place / "file").write(b"new content")
+    assert files(tmp_path) == ({} if before is None else {"file": before})
+
+
+@pytest.mark.parametrize("before", [None, b"old content"])
+def test_an_upload_that_fails_leaves_what_was_there(place, tmp_path, monkeypatch, before):
+    source = tmp_path.parent / f"{tmp_path.name}-source"
+    source.write_bytes(b"new content")
+    if before is not None:
+        (place / "file").write(before)
+
+    def breaks_off(_: str, target: str, **__: fs.FileSystem) -> None:
+        Path(target).write_bytes(b"new")
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(storage.fs, "copy_files", breaks_off)
+    with pytest.raises(BadInput, match=r"storage failed at .*/file"):
+        (place / "file").upload(source)
+    assert files(tmp_path) == ({} if before is None else {"file": before})
+
+
+def test_a_source_that_is_not_there_is_bad_input(place, tmp_path):
+    with pytest.raises(BadInput):
+        (place / "file").upload(tmp_path / "absent")
+    assert not (place / "file").exists()
+
+
+def test_a_local_failure_gives_no_advice_on_credentials(place):
+    (place / "file").write(b"x")
+    with pytest.raises(BadInput) as caught:
+        (place / "file" / "below").write(b"y")
+    assert "AWS" not in str(caught.value)
+
+
+def test_a_store_that_does_not_answer_is_told_by_uri_and_not_waited_for(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    place = locate("s3://bucket/run/", "http://127.0.0.1:9") / "config.yaml"
+    assert (place.path, place.uri) == ("bucket/run/config.yaml", "s3://bucket/run/config.yaml")
+    assert place.local_path is None
+    told: list[str] = []
+
+    def read() -> None:
+        try:
+            place.read()
+        except BadInput as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert len(told) == 1
+    assert told[0].startswith("storage failed at s3://bucket/run/config.yaml: ")
+    assert told[0].endswith(storage.REMOTE_HINT)
+    assert "\n" not in told[0]
+
+
+def test_a_host_that_swallows_packets_is_given_up_soon():
+    # A connection that is refused fails at once; one that hangs costs these.
+    assert storage.ATTEMPTS * storage.CONNECT_SECONDS <= 60
