@@ -44,13 +44,15 @@ class Storage(Section):
 class Data(Section):
     """The shards, and what to make of a sample that can't be read.
 
-    `source` names what the shards are made from when the folder has no index yet.
+    `source` names what the shards are made from when the folder has no index yet. While one window
+    of the sample stream is trained on, the next is read; both are held decoded in memory.
     """
 
     shards: str
     num_classes: int = Field(gt=0)
     source: Literal["mnist"] | None = None
     max_broken_samples: int = Field(default=100, ge=0)
+    window_images: int = Field(default=4096, gt=0)
 
 
 class ExplicitSize(Section):
@@ -252,10 +254,15 @@ class Checkpoints(Section):
 
 
 class Reporting(Section):
-    """When to print a line of figures and when to draw a grid of samples."""
+    """When to print a line of figures, when to draw a grid of samples, and who else is told.
+
+    `trackers` get the figures beside `metrics.jsonl` and TensorBoard; their environment variables
+    say where to and with which key.
+    """
 
     log_every_images: int = Field(default=10_000, gt=0)
     grid_every_images: int = Field(default=500_000, gt=0)
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
 
 
 class Evaluation(Section):

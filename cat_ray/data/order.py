@@ -102,6 +102,5 @@ def lane_pieces(stream: Stream, lane: int, start: int, stop: int) -> Iterator[Pi
 
 
 def pieces(stream: Stream, lanes: range, start: int, stop: int) -> list[Piece]:
-    """What several lanes still have to read, in the order in which it is first needed."""
-    due = [piece for lane in lanes for piece in lane_pieces(stream, lane, start, stop)]
-    return sorted(due, key=lambda piece: (piece.start, piece.lane))
+    """What several lanes still have to read, lane after lane."""
+    return [piece for lane in lanes for piece in lane_pieces(stream, lane, start, stop)]

@@ -1,22 +1,23 @@
 """The samples still due, streamed by Ray Data to each worker in the run's exact order.
 
-Reading and decoding are Ray Data tasks that run wherever the cluster has a CPU to spare. A worker's
-data set is the list of pieces of its own lanes, so no shard is read for lanes of others.
+Reading and decoding are Ray Data tasks that run wherever the cluster has a CPU to spare. A worker
+asks for the pieces of its own lanes, so no shard is read for lanes of others, and one window of the
+stream at a time: while it trains on one, the next is read. A window is read as fast as it comes,
+because Ray Data's executor, which lives in the worker, spins as long as it is held back.
 """
 
-from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray.data
 import ray.train
-from ray.data import DataIterator
 
 from cat_ray.data.decode import BrokenSample, decode_sample
 from cat_ray.data.index import Index
-from cat_ray.data.order import Stream, pieces
+from cat_ray.data.order import Stream, lane_images, pieces
 from cat_ray.data.read import read_shard
 from cat_ray.errors import BadInput
 from cat_ray.storage import Location
@@ -34,6 +35,7 @@ class Due:
         stream: the run's sample stream.
         start: images seen so far.
         stop: images at the end of the run.
+        window: images that are read at a time, over all workers; a multiple of the batch.
         checkpoint: URI of the checkpoint that `start` comes from, None at the very start.
         index: the shards.
         folder: where they lie.
@@ -43,6 +45,7 @@ class Due:
     stream: Stream
     start: int
     stop: int
+    window: int
     checkpoint: str | None
     index: Index
     folder: Location
@@ -51,58 +54,80 @@ class Due:
 
 @dataclass(frozen=True)
 class Batch:
-    """A worker's part of a global batch, lane after lane.
+    """A worker's part of a global batch, or of a window of them, lane after lane.
 
     Attributes:
         images: `[n, channels, resolution, resolution]` uint8.
         labels: `[n]` int64.
-        broken: one line for each sample that could not be read and that a neighbour stands in for.
+        broken: for each sample "", or a line where it can't be read and a neighbour stands in.
     """
 
     images: np.ndarray
     labels: np.ndarray
-    broken: tuple[str, ...]
+    broken: np.ndarray
 
 
 @dataclass(frozen=True)
 class RankStream:
-    """A worker's lanes, what is due, and the iterator that brings the samples."""
+    """A worker's lanes of what is due."""
 
     due: Due
     lanes: range
-    iterator: DataIterator
 
     def batches(self) -> Iterator[Batch]:
         """The worker's part of every global batch still due, in order.
 
         Raises:
-            BadInput: the samples end before the run does, or storage fails.
+            BadInput: a shard can't be read, or storage fails.
         """
-        stream = self.due.stream
-        waiting: dict[int, deque[tuple[np.ndarray, int, str]]] = {x: deque() for x in self.lanes}
-        blocks = iter(self.iterator.iter_batches(batch_size=None, prefetch_batches=1))
-        for start in range(self.due.start, self.due.stop, stream.batch_size):
-            while any(len(queue) < stream.lane_size for queue in waiting.values()):
-                block: dict[str, Any] | None = next(blocks, None)
-                if block is None:
-                    raise BadInput(f"the samples ended at image {start} of {self.due.stop}")
-                rows = zip(block["image"], block["label"], block["broken"], strict=True)
-                for lane, row in zip(block["lane"], rows, strict=True):
-                    waiting[int(lane)].append(row)
-            part = [queue.popleft() for queue in waiting.values() for _ in range(stream.lane_size)]
-            images, labels, broken = zip(*part, strict=True)
-            yield Batch(
-                np.stack(images),
-                np.asarray(labels, dtype=np.int64),
-                tuple(str(line) for line in broken if line),
-            )
+        due = self.due
+        windows = [
+            (start, min(start + due.window, due.stop))
+            for start in range(due.start, due.stop, due.window)
+        ]
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            coming = [reader.submit(self._window, *window) for window in windows[:1]]
+            for place, (start, stop) in enumerate(windows):
+                window = coming.pop().result()
+                coming = [reader.submit(self._window, *w) for w in windows[place + 1 : place + 2]]
+                steps = (stop - start) // due.stream.batch_size
+                yield from _cut(window, len(self.lanes), steps)
+
+    def _window(self, start: int, stop: int) -> Batch:
+        """Reads the worker's samples between two places in the stream, lane after lane."""
+        tasks = [
+            {"lane": piece.lane, "start": piece.start, "shard": piece.shard, "members": members}
+            for piece in pieces(self.due.stream, self.lanes, start, stop)
+            for members in [np.asarray(piece.members)]
+        ]
+        dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+            read_piece, batch_size=1, fn_kwargs={"due": self.due}, num_cpus=CPUS_PER_READ
+        )
+        dataset.context.enable_progress_bars = False
+        blocks: list[dict[str, Any]] = list(dataset.iter_batches(batch_size=None))
+        columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+        order = np.lexsort((columns["place"], columns["lane"]))
+        wanted = sum(
+            lane_images(self.due.stream, lane, stop) - lane_images(self.due.stream, lane, start)
+            for lane in self.lanes
+        )
+        assert len(order) == wanted, f"{len(order)} samples came, not {wanted}"
+        return Batch(*(columns[name][order] for name in ("image", "label", "broken")))
+
+
+def _cut(window: Batch, lanes: int, steps: int) -> Iterator[Batch]:
+    """A window, lane after lane, as the batches of each step."""
+    columns = (window.images, window.labels, window.broken)
+    by_step = [column.reshape(lanes, steps, -1, *column.shape[1:]) for column in columns]
+    for step in range(steps):
+        yield Batch(*(column[:, step].reshape(-1, *column.shape[3:]) for column in by_step))
 
 
 class LaneDataConfig(ray.train.DataConfig):
     """Gives each worker of a Ray Train group the stream of its own lanes."""
 
     def __init__(self) -> None:
-        # Nothing is split by Ray: each rank's data set is built for it below.
+        # Nothing is split by Ray: each rank asks for its own pieces.
         super().__init__(datasets_to_split=[])
 
     def configure(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -110,34 +135,18 @@ class LaneDataConfig(ray.train.DataConfig):
     ) -> list[dict[str, RankStream]]:
         """One stream for each rank, by the name of the data set."""
         return [
-            {name: rank_stream(due, world_size, rank) for name, due in datasets.items()}
+            {
+                name: RankStream(due, share(due.stream.lanes, world_size, rank))
+                for name, due in datasets.items()
+            }
             for rank in range(world_size)
         ]
 
 
-def rank_stream(due: Due, world_size: int, rank: int) -> RankStream:
-    """The stream of one worker of a group."""
-    lanes = share(due.stream.lanes, world_size, rank)
-    tasks = [
-        {"lane": piece.lane, "shard": piece.shard, "members": np.asarray(piece.members)}
-        for piece in pieces(due.stream, lanes, due.start, due.stop)
-    ]
-    if not tasks:
-        return RankStream(due, lanes, ray.data.from_items([]).iterator())
-    dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-        read_piece,
-        batch_size=1,
-        fn_kwargs={"due": due},
-        num_cpus=CPUS_PER_READ,
-    )
-    options = dataset.context.execution_options
-    options.preserve_order = True
-    dataset.context.enable_progress_bars = False
-    return RankStream(due, lanes, dataset.iterator())
-
-
 def read_piece(task: dict[str, np.ndarray], due: Due) -> dict[str, np.ndarray]:
-    """Reads one piece: the columns image, label, lane and broken, a row for each sample in order.
+    """Reads one piece: the columns image, label, lane, place and broken, a row for each sample.
+
+    `place` is the sample's among all of the lane since the start of the run.
 
     A sample that can't be decoded is replaced by the nearest good one of the piece, so that counts
     and order stay as planned.
@@ -169,5 +178,6 @@ def read_piece(task: dict[str, np.ndarray], due: Due) -> dict[str, np.ndarray]:
         "image": np.stack([sample[0] for sample in chosen if sample]),
         "label": np.asarray([sample[1] for sample in chosen if sample], dtype=np.int64),
         "lane": np.full(len(members), int(task["lane"][0])),
+        "place": int(task["start"][0]) + np.arange(len(members)),
         "broken": np.asarray(broken),
     }

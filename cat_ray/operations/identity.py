@@ -17,6 +17,7 @@ FREE = (
     "data.shards",
     "data.source",
     "data.max_broken_samples",
+    "data.window_images",
     "objective.alignment.teacher",
     "optimisation.activation_checkpointing",
     "optimisation.reuse_generator_forward",

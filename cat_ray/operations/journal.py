@@ -1,4 +1,7 @@
-"""What a run writes down as it goes: `metrics.jsonl` and TensorBoard, local, then uploaded."""
+"""What a run writes down as it goes: `metrics.jsonl` and TensorBoard, local, then uploaded.
+
+Trackers, where there are any, are told the same numbers.
+"""
 
 import hashlib
 import json
@@ -6,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from cat_ray.operations.trackers import Tracker
 from cat_ray.storage import Location
 
 METRICS = "metrics.jsonl"
@@ -30,11 +34,14 @@ class Journal:
     Rows past the place where the run goes on are dropped: their work is done again.
     """
 
-    def __init__(self, run: Location, session: str, images: int):
+    def __init__(
+        self, run: Location, session: str, images: int, trackers: tuple[Tracker, ...] = ()
+    ):
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._run = run
         self._session = session
+        self._trackers = trackers
         digest = hashlib.sha256(run.uri.encode()).hexdigest()[:16]
         staging = Path(tempfile.gettempdir()) / f"cat_ray-{digest}"
         self._folder = run.local_path or staging
@@ -46,13 +53,15 @@ class Journal:
         )
 
     def append(self, kind: str, images: int, **values: Any) -> None:
-        """Writes a row; its numbers go to TensorBoard under `kind/name` as well."""
+        """Writes a row; its numbers go to TensorBoard, under `kind/name`, and trackers as well."""
         row = {"kind": kind, "session": self._session, "images": images, **values}
         with (self._folder / METRICS).open("a") as file:
             file.write(json.dumps(row) + "\n")
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, images)
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        for name, number in numbers.items():
+            self._tensorboard.add_scalar(f"{kind}/{name}", number, images)
+        for tracker in self._trackers:
+            tracker.log(kind, images, numbers)
         self.publish()
 
     def publish(self) -> None:
@@ -65,6 +74,8 @@ class Journal:
             (self._run / TENSORBOARD / events.name).upload(events)
 
     def close(self) -> None:
-        """Ends the TensorBoard file."""
+        """Ends the TensorBoard file and the trackers."""
         self._tensorboard.close()
         self.publish()
+        for tracker in self._trackers:
+            tracker.close()

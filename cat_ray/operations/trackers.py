@@ -45,12 +45,10 @@ class WandbTracker:
     def __init__(self, run: Location):
         wandb = _require("wandb")
         place = run / "wandb.run_id"
+        known = _known(place)
+        name = None if known else os.environ.get("WANDB_NAME", run.name)
         try:
-            self._run = wandb.init(
-                id=_known(place),
-                resume="allow",
-                name=os.environ.get("WANDB_NAME", run.name),
-            )
+            self._run = wandb.init(id=known, resume="allow", name=name)
         except wandb.Error as error:
             raise BadInput(f"W&B doesn't start: {error}") from error
         place.write(self._run.id.encode())
@@ -77,7 +75,7 @@ class MlflowTracker:
         try:
             started = mlflow.start_run(run_id=known, run_name=None if known else run.name)
         except mlflow.MlflowException as error:
-            hint = f"; {place.uri} names the run to go on with" if known else ""
+            hint = f"; to begin a new MLflow run delete {place.uri}" if known else ""
             raise BadInput(
                 f"MLflow doesn't start at {mlflow.get_tracking_uri()}: {error}{hint}"
             ) from error
@@ -107,8 +105,7 @@ def _require(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise BadInput(
-            f"reporting.trackers names {package}, which isn't installed: "
-            f"pip install '.[{package}]'"
+            f"reporting.trackers names {package}, which isn't installed: pip install '.[{package}]'"
         ) from error
 
 

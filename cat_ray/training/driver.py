@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -45,6 +45,8 @@ def train(config: Config) -> Location:
     config = _at(config, run, shards)
     claim(run, config, index.digest())
 
+    batch_size = config.optimisation.batch_size
+
     def still_due() -> Due:
         # Ray Train calls this in its controller whenever a worker group starts: here, and only
         # here, it is decided which checkpoint all workers go on from.
@@ -54,11 +56,12 @@ def train(config: Config) -> Location:
             stream=Stream(
                 seed=config.run.seed,
                 counts=tuple(shard.count for shard in index.shards),
-                batch_size=config.optimisation.batch_size,
+                batch_size=batch_size,
                 lanes=config.optimisation.lanes,
             ),
             start=read_state(checkpoint).images if checkpoint else 0,
             stop=config.run.total_images,
+            window=max(1, config.data.window_images // batch_size) * batch_size,
             checkpoint=checkpoint.uri if checkpoint else None,
             index=index,
             folder=shards,
@@ -91,7 +94,7 @@ def _checked_index(config: Config, shards: Location) -> Index:
     return index
 
 
-def _fit(config: Config, run: Location, session: str, still_due) -> None:
+def _fit(config: Config, run: Location, session: str, still_due: Callable[[], Due]) -> None:
     workers = config.workers
     trainer = TorchTrainer(
         work,
@@ -111,7 +114,7 @@ def _fit(config: Config, run: Location, session: str, still_due) -> None:
             storage_filesystem=run.filesystem,
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
-        datasets={DATASET_NAME: still_due},
+        datasets={DATASET_NAME: still_due},  # pyright: ignore[reportArgumentType]
         dataset_config=LaneDataConfig(),
     )
     try:

