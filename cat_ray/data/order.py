@@ -8,9 +8,7 @@ that a lane reads few shards. The place in the stream, in images, is all there i
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
-from cat_ray.training.randomness import Purpose, generator
+from cat_ray.training.randomness import Purpose, random_stream
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,14 @@ def lane_images(stream: Stream, lane: int, images: int) -> int:
 
 def shard_order(stream: Stream, epoch: int) -> list[int]:
     """The order in which an epoch goes through the shards."""
-    random = generator(stream.seed, Purpose.SHARD_ORDER, epoch)
-    return torch.randperm(len(stream.counts), generator=random).tolist()
+    random = random_stream(stream.seed, Purpose.SHARD_ORDER, epoch)
+    return random.permutation(len(stream.counts)).tolist()
 
 
 def member_order(stream: Stream, epoch: int, shard: int) -> list[int]:
     """The order in which an epoch goes through a shard's samples."""
-    random = generator(stream.seed, Purpose.SAMPLE_ORDER, epoch, shard)
-    return torch.randperm(stream.counts[shard], generator=random).tolist()
+    random = random_stream(stream.seed, Purpose.SAMPLE_ORDER, epoch, shard)
+    return random.permutation(stream.counts[shard]).tolist()
 
 
 def lane_pieces(stream: Stream, lane: int, start: int, stop: int) -> Iterator[Piece]:

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import webdataset
 from PIL import Image
 
 from cat_ray.data.index import INDEX_NAME, Index, Shard
 from cat_ray.errors import BadInput
 from cat_ray.storage import Location
-from cat_ray.training.randomness import Purpose, generator
+from cat_ray.training.randomness import Purpose, random_stream
 
 SHARD_IMAGES = 500
 DIGIT_PADDING = 2
@@ -54,8 +53,7 @@ def prepare(source: str, folder: Location, shard_images: int = SHARD_IMAGES) -> 
     if (folder / INDEX_NAME).exists():
         raise BadInput(f"{folder.uri} holds prepared shards already: choose another folder")
     data = SOURCES[source]()
-    random = generator(0, Purpose.PREPARATION)
-    order = torch.randperm(len(data.labels), generator=random).numpy()
+    order = random_stream(0, Purpose.PREPARATION).permutation(len(data.labels))
     shards = []
     with tempfile.TemporaryDirectory() as scratch:
         for number, first in enumerate(range(0, len(order), shard_images)):

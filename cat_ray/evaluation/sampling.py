@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cat_ray.training.randomness import Purpose, generator
+from cat_ray.training.randomness import Purpose, random_stream
 
 SAMPLING_BATCH = 256
 
@@ -13,10 +14,10 @@ SAMPLING_BATCH = 256
 def latents(seed: int, indices: Sequence[int], width: int) -> Tensor:
     """The latents of some samples, `[len(indices), width]`."""
     draws = [
-        torch.randn(width, generator=generator(seed, Purpose.SAMPLE_LATENT, index))
+        random_stream(seed, Purpose.SAMPLE_LATENT, index).standard_normal(width, dtype=np.float32)
         for index in indices
     ]
-    return torch.stack(draws)
+    return torch.from_numpy(np.stack(draws))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ geometry is concerned, on the image that the teacher sees.
 
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,16 +52,27 @@ def concatenate(draws: list[AugmentDraws]) -> AugmentDraws:
     return AugmentDraws(**{name: torch.cat([getattr(d, name) for d in draws]) for name in names})
 
 
-def draw(policy: AugmentPolicy, images: int, generator: torch.Generator) -> AugmentDraws:
-    """Draws the augmentation of so many images; always as many numbers, whatever the policy."""
-    uniform = torch.rand(11, images, generator=generator)
+def draw(
+    policy: AugmentPolicy, images: int, side: int, random: np.random.Generator
+) -> AugmentDraws:
+    """Draws the augmentation of so many images; always as many numbers, whatever the policy.
+
+    Shifts are whole pixels of images of this side, each as likely as another, so that an image of
+    another resolution can be moved by exactly as much.
+    """
+    uniform = torch.from_numpy(random.random((11, images), dtype=np.float32))
+    furthest = round(policy.translation * side)
+
+    def shift(values: Tensor) -> Tensor:
+        return ((values * (2 * furthest + 1)).floor() - furthest) / side
+
     colored = uniform[:3] < policy.color
     return AugmentDraws(
         brightness=torch.where(colored[0], uniform[3] - 0.5, 0.0),
         saturation=torch.where(colored[1], uniform[4] * 2.0, 1.0),
         contrast=torch.where(colored[2], uniform[5] + 0.5, 1.0),
-        shift_rows=(uniform[6] * 2 - 1) * policy.translation,
-        shift_columns=(uniform[7] * 2 - 1) * policy.translation,
+        shift_rows=shift(uniform[6]),
+        shift_columns=shift(uniform[7]),
         cut_row=uniform[8],
         cut_column=uniform[9],
         flip=uniform[10] < policy.flip,

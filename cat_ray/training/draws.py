@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cat_ray.config import Config
 from cat_ray.objective.augment import AugmentDraws, concatenate, draw
-from cat_ray.training.randomness import Purpose, generator
+from cat_ray.training.randomness import Purpose, random_stream
 
 
 @dataclass(frozen=True)
@@ -35,31 +36,27 @@ class StepDraws:
 def draw_step(config: Config, lanes: range, step: int, device: torch.device) -> StepDraws:
     """The draws of some lanes at a step: a function of (seed, purpose, step, lane) alone."""
     lane_size, penalised = config.optimisation.lane_size, config.penalised_per_lane()
-    channels, policy = config.model.channels, config.objective.augment.policy()
+    channels, side = config.model.channels, config.model.resolution
+    policy = config.objective.augment.policy()
 
-    def streams(purpose: Purpose) -> list[torch.Generator]:
-        return [generator(config.run.seed, purpose, step, lane) for lane in lanes]
+    def streams(purpose: Purpose) -> list[np.random.Generator]:
+        return [random_stream(config.run.seed, purpose, step, lane) for lane in lanes]
 
-    def normal(purpose: Purpose, *shape: int) -> Tensor:
-        parts = [torch.randn(*shape, generator=stream) for stream in streams(purpose)]
-        return torch.cat(parts).to(device)
+    def normal(each_lane: list[np.random.Generator], *shape: int) -> Tensor:
+        parts = [lane.standard_normal(shape, dtype=np.float32) for lane in each_lane]
+        return torch.from_numpy(np.concatenate(parts)).to(device)
 
     def augmentation(purpose: Purpose) -> AugmentDraws:
-        parts = [draw(policy, lane_size, stream) for stream in streams(purpose)]
+        parts = [draw(policy, lane_size, side, lane) for lane in streams(purpose)]
         return concatenate(parts).to(device)
 
     def noise(purpose: Purpose) -> list[Tensor]:
         each_lane = streams(purpose)
-        return [
-            torch.cat(
-                [torch.randn(penalised, channels, s, s, generator=lane) for lane in each_lane]
-            ).to(device)
-            for s in config.model.scales()
-        ]
+        return [normal(each_lane, penalised, channels, s, s) for s in config.model.scales()]
 
     rows = torch.arange(len(lanes) * lane_size).view(len(lanes), lane_size)
     return StepDraws(
-        latents=normal(Purpose.LATENT, lane_size, config.model.generator.latent_width),
+        latents=normal(streams(Purpose.LATENT), lane_size, config.model.generator.latent_width),
         discriminator_real=augmentation(Purpose.DISCRIMINATOR_AUGMENT_REAL),
         discriminator_fake=augmentation(Purpose.DISCRIMINATOR_AUGMENT_FAKE),
         generator_real=augmentation(Purpose.GENERATOR_AUGMENT_REAL),

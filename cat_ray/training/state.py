@@ -32,9 +32,9 @@ class TrainingState:
 def make_state(config: Config, device: torch.device, checkpoint: Location | None) -> TrainingState:
     """The state at the start of a run, or as a checkpoint holds it. Every worker must call this."""
     dtype = _autocast_dtype(config, device)
-    torch.manual_seed(key(config.run.seed, Purpose.INITIALISATION, 0))
+    torch.manual_seed(_initial_seed(config, 0))
     generator = build_generator(config, dtype).to(device)
-    torch.manual_seed(key(config.run.seed, Purpose.INITIALISATION, 1))
+    torch.manual_seed(_initial_seed(config, 1))
     discriminator = build_discriminator(config, dtype).to(device)
     if checkpoint is not None:
         # Before the engines are made: their fp32 masters are copies of these.
@@ -96,6 +96,11 @@ def _restore(state: TrainingState, checkpoint: Location, device: torch.device) -
     )
     for decay in config.optimisation.ema_decays:
         state.averages.load(decay, read_tensors(checkpoint, layout.average_file(decay)))
+
+
+def _initial_seed(config: Config, network: int) -> int:
+    """A seed in PyTorch's range for the initial weights of G (0) or D (1)."""
+    return key(config.run.seed, Purpose.INITIALISATION, network) % 2**63
 
 
 def _autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:

@@ -59,9 +59,9 @@ class PlainEngine:
 
 def plain_training(config: Config, batches: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
     """The generator's, the discriminator's and the first average's weights, one process."""
-    torch.manual_seed(key(config.run.seed, Purpose.INITIALISATION, 0))
+    torch.manual_seed(key(config.run.seed, Purpose.INITIALISATION, 0) % 2**63)
     generator = build_generator(config)
-    torch.manual_seed(key(config.run.seed, Purpose.INITIALISATION, 1))
+    torch.manual_seed(key(config.run.seed, Purpose.INITIALISATION, 1) % 2**63)
     discriminator = build_discriminator(config)
     average = {name: value.detach().clone() for name, value in generator.named_parameters()}
     clip = config.optimisation.gradient_clip

@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,29 +21,30 @@ from cat_ray.objective.augment import (
 )
 
 few = settings(max_examples=30, deadline=None, derandomize=True)
+SIDE = 32
 NAMES = [field.name for field in fields(AugmentDraws)]
 NOTHING = AugmentPolicy(color=0, translation=0, cutout=0, flip=0)
 EVERYTHING = AugmentPolicy(color=1, translation=0.25, cutout=0.5, flip=0.5)
 
 
-def numbers(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def numbers(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
 
 
 def random_images(images: int, side: int, channels: int = 3) -> Tensor:
-    return torch.randn(images, channels, side, side, generator=numbers(0), dtype=torch.float64)
+    return torch.from_numpy(numbers(0).standard_normal((images, channels, side, side)))
 
 
 def still(images: int = 1) -> AugmentDraws:
     """Draws that change nothing: a test sets the one it is about."""
-    return draw(NOTHING, images, numbers(0))
+    return draw(NOTHING, images, SIDE, numbers(0))
 
 
 @pytest.mark.parametrize("side", [1, 4, 7, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_policy_of_zeros_changes_nothing(side, dtype):
     images = random_images(4, side).to(dtype)
-    same = augment(images, draw(NOTHING, 4, numbers(1)), NOTHING)
+    same = augment(images, draw(NOTHING, 4, SIDE, numbers(1)), NOTHING)
     assert same.dtype == dtype
     # Taking out the mean and putting it back costs a rounding.
     torch.testing.assert_close(same, images, rtol=0, atol=4 * torch.finfo(dtype).eps)
@@ -51,14 +53,14 @@ def test_the_policy_of_zeros_changes_nothing(side, dtype):
 @pytest.mark.parametrize("policy", [AugmentPolicy(), EVERYTHING])
 def test_an_augmentation_repeats_from_its_draws_and_differs_between_draws(policy):
     images = random_images(4, 16)
-    first, second = (draw(policy, 4, numbers(seed)) for seed in (1, 2))
+    first, second = (draw(policy, 4, SIDE, numbers(seed)) for seed in (1, 2))
     assert torch.equal(augment(images, first, policy), augment(images, first, policy))
     assert not torch.equal(augment(images, first, policy), augment(images, second, policy))
 
 
 def test_all_stages_of_an_image_get_that_images_augmentation():
     outputs = torch.stack([random_images(3, 16) + stage for stage in range(4)])
-    draws = draw(EVERYTHING, 3, numbers(1))
+    draws = draw(EVERYTHING, 3, SIDE, numbers(1))
     together = augment_stages(outputs, draws, EVERYTHING)
     alone = torch.stack([augment(output, draws, EVERYTHING) for output in outputs])
     assert torch.equal(together, alone)
@@ -70,7 +72,7 @@ def test_all_stages_of_an_image_get_that_images_augmentation():
 @given(counts=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_augmenting_batches_as_one_equals_augmenting_each(counts, seed):
     batches = list(random_images(sum(counts), 8).split(counts))
-    draws = [draw(EVERYTHING, count, numbers(seed + i)) for i, count in enumerate(counts)]
+    draws = [draw(EVERYTHING, count, SIDE, numbers(seed + i)) for i, count in enumerate(counts)]
     together = augment(torch.cat(batches), concatenate(draws), EVERYTHING)
     alone = [augment(b, d, EVERYTHING) for b, d in zip(batches, draws, strict=True)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
@@ -78,7 +80,7 @@ def test_augmenting_batches_as_one_equals_augmenting_each(counts, seed):
 
 def test_an_image_does_not_see_its_neighbours():
     images = random_images(3, 8)
-    draws = draw(EVERYTHING, 3, numbers(1))
+    draws = draw(EVERYTHING, 3, SIDE, numbers(1))
     before = augment(images, draws, EVERYTHING)
     images[1] += 1.0
     after = augment(images, draws, EVERYTHING)
@@ -225,7 +227,7 @@ def test_what_is_shifted_in_or_cut_out_stays_zero_whatever_the_colour():
 
 def test_the_gradient_is_right_and_reaches_every_image():
     images = random_images(3, 6, channels=2).requires_grad_()
-    draws = draw(EVERYTHING, 3, numbers(5))
+    draws = draw(EVERYTHING, 3, SIDE, numbers(5))
     assert torch.autograd.gradcheck(lambda x: augment(x, draws, EVERYTHING), (images,))
     (gradient,) = torch.autograd.grad(augment(images, draws, EVERYTHING).square().sum(), images)
     assert gradient.flatten(1).any(dim=1).all()
@@ -250,28 +252,28 @@ def test_a_switch_of_the_policy_changes_its_own_draws_and_no_other(switch, value
         "flip": {"flip"},
     }[switch]
     one, other = numbers(3), numbers(3)
-    before = draw(AugmentPolicy(), 64, one)
-    after = draw(replace(AugmentPolicy(), **{switch: value}), 64, other)
+    before = draw(AugmentPolicy(), 64, SIDE, one)
+    after = draw(replace(AugmentPolicy(), **{switch: value}), 64, SIDE, other)
     changed = {n for n in NAMES if not torch.equal(getattr(before, n), getattr(after, n))}
     assert changed == own
     # What is drawn next from the same stream is the same too.
-    assert torch.equal(torch.rand(4, generator=one), torch.rand(4, generator=other))
+    assert (one.random(4) == other.random(4)).all()
 
 
 def test_draws_come_from_the_given_generator_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = draw(EVERYTHING, 8, numbers(1))
+    first = draw(EVERYTHING, 8, SIDE, numbers(1))
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(5)
-    second = draw(EVERYTHING, 8, numbers(1))
+    second = draw(EVERYTHING, 8, SIDE, numbers(1))
     assert all(torch.equal(getattr(first, n), getattr(second, n)) for n in NAMES)
 
 
 def test_draws_are_within_their_ranges_and_as_frequent_as_the_policy_says():
     images = 10_000
     policy = AugmentPolicy(color=0.5, translation=0.125, flip=0.4)
-    draws = draw(policy, images, numbers(1))
+    draws = draw(policy, images, SIDE, numbers(1))
     ranges = {
         "brightness": (-0.5, 0.5),
         "saturation": (0.0, 2.0),
@@ -295,8 +297,17 @@ def test_draws_are_within_their_ranges_and_as_frequent_as_the_policy_says():
     assert draws.flip.float().mean().item() == pytest.approx(policy.flip, abs=0.03)
 
 
+def test_shifts_are_whole_pixels_each_as_likely_as_another():
+    draws = draw(AugmentPolicy(translation=0.125), 9_000, SIDE, numbers(1))
+    for shift in (draws.shift_rows, draws.shift_columns):
+        pixels, counts = (shift * SIDE).unique(return_counts=True)
+        assert pixels.tolist() == list(range(-4, 5))
+        # Six deviations of a count of 1,000.
+        assert (counts - 1_000).abs().max() < 180
+
+
 def test_the_draws_of_an_image_are_independent():
-    draws = draw(AugmentPolicy(), 10_000, numbers(1))
+    draws = draw(AugmentPolicy(), 10_000, SIDE, numbers(1))
     columns = [getattr(draws, name) for name in NAMES]
     columns += [draws.brightness != 0, draws.saturation != 1, draws.contrast != 1]
     table = torch.stack([column.double() for column in columns])

@@ -15,7 +15,7 @@ from cat_ray.evaluation.classifier import (
     within_class_spread,
 )
 
-IMAGES, SAMPLES = 4000, 400
+IMAGES, SAMPLES = 3500, 300
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +47,13 @@ def test_the_classifier_knows_digits_that_it_was_not_fitted_to(reference, of_rea
 
 
 def test_the_held_out_fifth_takes_no_part_in_fitting(reference):
-    held_out = IMAGES // 5
-    fitted = set(reference.classifier.support_.tolist())
-    assert max(fitted) < IMAGES - held_out
-    accuracy = (
-        reference.classifier.predict(reference.pixels[:held_out]) == reference.labels[:held_out]
-    ).mean()
-    assert accuracy == pytest.approx(reference.held_out_accuracy)
-    # An overfitted judge would be certain of the digits that it was fitted to.
-    rest = slice(held_out, held_out + 100)
-    assert reference.classifier.score(reference.pixels[rest], reference.labels[rest]) > accuracy
+    support = reference.classifier.support_
+    fitted = reference.pixels[IMAGES // 5 :]
+    np.testing.assert_array_equal(reference.classifier.support_vectors_, fitted[support])
+    assert reference.classifier.shape_fit_ == fitted.shape
+    # It has learnt the fitted ones by heart: judged on those it would be beyond doubt.
+    assert reference.held_out_accuracy < 0.99
+    assert reference.classifier.score(fitted[:100], reference.labels[IMAGES // 5 :][:100]) == 1
 
 
 def test_real_digits_pass(of_reals):

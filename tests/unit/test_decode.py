@@ -273,15 +273,20 @@ def write_shards(folder: Path, *shards: Sequence[bytes | None]) -> Index:
     return Index(SIDE, 1, (1,), "tests", tuple(records))
 
 
-def read(folder: Path, index: Index, members: Sequence[int], shard: int = 0, lane: int = 5) -> dict:
-    stream = Stream(seed=0, counts=(1,), batch_size=1, lanes=1)
-    due = Due(stream, 0, 1, None, index, locate(str(folder)), num_classes=10)
-    task = {
-        "lane": np.asarray([lane]),
-        "shard": np.asarray([shard]),
-        "members": np.asarray([members]),
-    }
-    return read_piece(task, due)
+def read(folder: Path, index: Index, members: Sequence[int], shard: int = 0) -> dict:
+    """A piece as a lane's samples from the hundredth on."""
+    due = Due(
+        stream=Stream(seed=0, counts=(1,), batch_size=1, lanes=1),
+        start=0,
+        stop=1,
+        window=1,
+        checkpoint=None,
+        index=index,
+        folder=locate(str(folder)),
+        num_classes=10,
+    )
+    task = {"lane": 5, "start": 100, "shard": shard, "members": members}
+    return read_piece({name: np.asarray([value]) for name, value in task.items()}, due)
 
 
 def test_a_piece_is_read_in_the_order_that_was_planned(tmp_path):
@@ -292,6 +297,7 @@ def test_a_piece_is_read_in_the_order_that_was_planned(tmp_path):
     assert piece["image"][:, 0, 0, 0].tolist() == [40, 0, 50, 20]
     assert piece["label"].tolist() == [4, 0, 5, 2]
     assert piece["lane"].tolist() == [5] * 4
+    assert piece["place"].tolist() == [100, 101, 102, 103]
     assert piece["broken"].tolist() == [""] * 4
 
 

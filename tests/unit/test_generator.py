@@ -41,14 +41,22 @@ def one_latent_and_label() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("size", "millions"),
-    [("S", 33.5), ("B", 133.3), ("M", 260.9), ("L", 463.3), ("XL", 682.0), ("H", 959.8)],
+    ("size", "millions", "head_width"),
+    [
+        ("S", 33.5, 64),
+        ("B", 133.3, 64),
+        ("M", 260.9, 64),
+        ("L", 463.3, 64),
+        ("XL", 682.0, 72),
+        ("H", 959.8, 80),
+    ],
 )
-def test_each_size_has_the_parameters_of_the_size_table(size, millions):
+def test_each_size_has_the_parameters_and_heads_of_the_size_table(size, millions, head_width):
     generator = on_meta(size, patch=2)
     # The table, like the publication, counts the fixed positions too.
     count = sum(p.numel() for p in generator.parameters()) + generator.positions.numel()
     assert count / 1e6 == pytest.approx(millions, abs=0.1)
+    assert all(block.attention.query_gain.numel() == head_width for block in generator.blocks)
 
 
 @pytest.mark.parametrize(("size", "operations"), [("M", 46e9), ("H", 167e9)])

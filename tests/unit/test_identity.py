@@ -28,6 +28,7 @@ FREE_KEYS = {
     "data.shards",
     "data.source",
     "data.max_broken_samples",
+    "data.window_images",
     "objective.alignment.teacher",
     "optimisation.activation_checkpointing",
     "optimisation.reuse_generator_forward",
@@ -56,7 +57,7 @@ def changed(config: BaseModel, key: str) -> Any:
     elif isinstance(value, (int, float)):
         other = value + 1
     elif isinstance(value, tuple):
-        other = (*value[:-1], value[-1] / 2)
+        other = (*value[:-1], value[-1] / 2) if value else ("other",)
     else:
         other = f"{value}-other"
     return config.model_copy(update={first: other})

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import gcd
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cat_ray.data.index import Index
 from cat_ray.data.order import (
     Piece,
     Stream,
@@ -18,6 +20,8 @@ from cat_ray.data.order import (
     pieces,
     shard_order,
 )
+from cat_ray.data.stream import Batch, Due, RankStream
+from cat_ray.storage import locate
 from cat_ray.training.lanes import share
 
 some = settings(max_examples=80, deadline=None, derandomize=True)
@@ -25,11 +29,11 @@ Sample = tuple[int, int]
 
 # (lane, start, shard, members), from the second batch on; an epoch is 10 images, a batch 4.
 GOLDEN = [
-    (0, 2, 1, (4, 3, 2)),
-    (1, 2, 0, (0, 1)),
-    (1, 4, 1, (1, 2, 4)),
-    (0, 5, 2, (1,)),
+    (0, 2, 1, (0, 1, 4)),
+    (0, 5, 0, (0,)),
     (0, 6, 2, (0, 1)),
+    (1, 2, 2, (0, 1)),
+    (1, 4, 1, (3, 0, 1)),
     (1, 7, 0, (2,)),
 ]
 
@@ -74,6 +78,14 @@ def global_batches(stream: Stream, world_size: int, start: int, stop: int) -> li
         for rank in range(world_size)
     ]
     return [[s for part in parts for s in part] for parts in zip(*ranks, strict=True)]
+
+
+class Planned(RankStream):
+    """A worker's stream in which an image is only its place: nothing is read."""
+
+    def _window(self, start: int, stop: int) -> Batch:
+        planned = np.asarray(flat(pieces(self.due.stream, self.lanes, start, stop)))
+        return Batch(planned[:, :, None, None], planned[:, 1], planned[:, 0].astype(str))
 
 
 def dealt_by_hand(stream: Stream, epochs: int) -> list[list[Sample]]:
@@ -132,6 +144,31 @@ def test_cuts_and_resizes_change_no_batch_and_repeat_and_lose_no_image(data):
 
 
 @some
+@given(st.data())
+def test_windows_of_any_size_change_no_batch(data):
+    stream = data.draw(streams())
+    start, stop = data.draw(places(stream))
+    window = stream.batch_size * data.draw(st.integers(1, 5))
+    world_size = data.draw(st.integers(1, stream.lanes))
+    lanes = share(stream.lanes, world_size, data.draw(st.integers(0, world_size - 1)))
+    due = Due(
+        stream=stream,
+        start=start,
+        stop=stop,
+        window=window,
+        checkpoint=None,
+        index=Index(1, 1, (), "", ()),
+        folder=locate("nowhere"),
+        num_classes=1,
+    )
+    found = list(Planned(due, lanes).batches())
+    expected = batches(stream, lanes, start, stop)
+    assert [list(map(tuple, batch.images[..., 0, 0].tolist())) for batch in found] == expected
+    assert [batch.labels.tolist() for batch in found] == [[m for _, m in b] for b in expected]
+    assert [batch.broken.tolist() for batch in found] == [[str(n) for n, _ in b] for b in expected]
+
+
+@some
 @given(streams())
 def test_the_plan_is_the_one_dealt_by_hand(stream):
     stop = 3 * stream.epoch_images
@@ -180,13 +217,13 @@ def test_the_lanes_images_add_up(stream, images):
 
 @some
 @given(st.data())
-def test_pieces_come_in_the_order_in_which_they_are_needed(data):
+def test_a_workers_pieces_come_lane_after_lane(data):
     stream = data.draw(streams())
     start, stop = data.draw(places(stream))
     first = data.draw(st.integers(0, stream.lanes - 1))
     lanes = range(first, data.draw(st.integers(first + 1, stream.lanes)))
     due = pieces(stream, lanes, start, stop)
-    assert [(p.start, p.lane) for p in due] == sorted((p.start, p.lane) for p in due)
+    assert due == [piece for lane in lanes for piece in lane_pieces(stream, lane, start, stop)]
     assert {piece.lane for piece in due} == set(lanes)
 
 

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,9 +36,9 @@ class Recorded:
 
 @dataclass
 class Service:
-    """A tracking service: run ids by start, the points it was sent, and what it refuses."""
+    """A tracking service: what was started under which id and name, sent and ended."""
 
-    names: dict[str, str | None] = field(default_factory=dict)
+    starts: list[tuple[str, str | None]] = field(default_factory=list)
     points: list[tuple[str, int, dict[str, float]]] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     refuses: bool = False
@@ -49,14 +50,14 @@ class Service:
     def begin(self, known: str | None, name: str | None) -> str:
         if self.refuses:
             raise self.Refusal("no such project")
-        self.current = known or f"{'0123' * 4}{len(self.names)}"
-        self.names.setdefault(self.current, name)
+        self.current = known or f"run-{len(self.starts)}"
+        self.starts.append((self.current, name))
         return self.current
 
-    def take(self, values: dict[str, float], step: int, run_id: str = "") -> None:
+    def take(self, values: dict[str, float], step: int, run_id: str) -> None:
         if self.refuses:
             raise self.Refusal("gone away")
-        self.points.append((run_id or self.current, step, values))
+        self.points.append((run_id, step, values))
 
     def end(self) -> None:
         self.ended.append(self.current)
@@ -65,7 +66,9 @@ class Service:
 def stand_in_wandb(service: Service) -> Any:
     def init(id: str | None, resume: str, name: str | None) -> Any:
         assert resume == "allow"
-        return SimpleNamespace(id=service.begin(id, name), log=service.take, finish=service.end)
+        run_id = service.begin(id, name)
+        log = partial(service.take, run_id=run_id)
+        return SimpleNamespace(id=run_id, log=log, finish=service.end)
 
     return SimpleNamespace(init=init, Error=Service.Refusal)
 
@@ -143,22 +146,20 @@ def test_values_arrive_as_kind_and_name_with_the_images_as_step(name, service, r
     assert service.ended == [service.current]
 
 
-def test_a_run_that_goes_on_keeps_its_tracker_run_and_its_name(name, service, run):
+def test_a_run_that_goes_on_keeps_its_tracker_run(name, service, run):
     for images in (32, 64):
         (tracker,) = start_trackers((name,), run)
         tracker.log("train", images, {"d_loss": 0.5})
         tracker.close()
-    assert list(service.names.values()) == ["digits"]
-    assert [(run_id, step) for run_id, step, _ in service.points] == [
-        (service.current, 32),
-        (service.current, 64),
-    ]
+    # Without a name the second time: it may have been changed on the service's own pages.
+    assert service.starts == [("run-0", "digits"), ("run-0", None)]
+    assert [point[:2] for point in service.points] == [("run-0", 32), ("run-0", 64)]
 
 
 def test_each_run_folder_has_a_tracker_run_of_its_own(name, service, run, tmp_path):
     start_trackers((name,), run)
     start_trackers((name,), locate(str(tmp_path / "other")))
-    assert list(service.names.values()) == ["digits", "other"]
+    assert service.starts == [("run-0", "digits"), ("run-1", "other")]
 
 
 def test_a_name_in_the_environment_goes_before_the_folders(monkeypatch, run):
@@ -166,7 +167,7 @@ def test_a_name_in_the_environment_goes_before_the_folders(monkeypatch, run):
     monkeypatch.setitem(sys.modules, "wandb", stand_in_wandb(service))
     monkeypatch.setenv("WANDB_NAME", "mine")
     start_trackers(("wandb",), run)
-    assert list(service.names.values()) == ["mine"]
+    assert service.starts == [("run-0", "mine")]
 
 
 def test_a_tracker_named_twice_starts_once(name, service, run):
