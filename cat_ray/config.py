@@ -331,15 +331,14 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
         text = Path(path).read_text()
     except OSError as error:
         raise BadInput(f"can't read the job file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not a text file: a job is YAML, see jobs/") from error
     return parse(text, path, overrides)
 
 
 def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
     """As `load`, from YAML text; `name` is used in messages."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"{name} is not valid YAML: {error}") from error
+    values = _read_yaml(text, name)
     if not isinstance(values, dict):
         raise BadInput(f"{name} must hold sections such as run: and data:, see jobs/")
     for override in overrides:
@@ -371,6 +370,13 @@ def flatten(config: Config) -> dict[str, Any]:
     return walk(config.model_dump(mode="json"), "")
 
 
+def _read_yaml(text: str, name: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     if not separator:
@@ -380,7 +386,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise BadInput(f"--set {override}: {section} is a value, not a section")
-    values[last] = yaml.safe_load(text)
+    values[last] = _read_yaml(text, f"--set {override}")
 
 
 def _explain(problem: dict[str, Any]) -> str:

@@ -108,6 +108,12 @@ class Location:
             found = self.filesystem.get_file_info(selector)
         return {info.base_name: info.size for info in found if info.type == fs.FileType.File}
 
+    def delete(self) -> None:
+        """Removes the file, if there is one."""
+        if self.exists():
+            with self._explained():
+                self.filesystem.delete_file(self.path)
+
     def delete_folder(self) -> None:
         """Removes a folder and all that is in it."""
         with self._explained():

@@ -41,8 +41,12 @@ def resolve(place: Location) -> Location:
 
 
 def read_state(checkpoint: Location) -> State:
-    """The checkpoint's state."""
-    return State(**json.loads((checkpoint / STATE).read()))
+    """The checkpoint's state.
+
+    Raises:
+        BadInput: the file is not what the manifest says.
+    """
+    return State(**json.loads(_verified(checkpoint, STATE)))
 
 
 def read_config(checkpoint: Location) -> Config:
@@ -56,13 +60,7 @@ def read_tensors(checkpoint: Location, name: str) -> dict[str, Tensor]:
     Raises:
         BadInput: the file is not what the manifest says, or no safetensors file.
     """
-    records = {record.name: record for record in read_manifest(checkpoint) or ()}
-    if name not in records:
-        raise BadInput(f"{checkpoint.uri} has no {name}, it has {', '.join(sorted(records))}")
-    content = (checkpoint / name).read()
-    if hashlib.sha256(content).hexdigest() != records[name].sha256:
-        raise BadInput(f"{checkpoint.uri}/{name} is damaged: its sha256 is not the manifest's")
-    return safetensors.torch.load(content)
+    return safetensors.torch.load(_verified(checkpoint, name))
 
 
 def load_generator(
@@ -78,3 +76,13 @@ def load_generator(
     weights = read_tensors(checkpoint, average_file(decay) if decay else GENERATOR)
     generator.load_state_dict(weights)
     return generator.eval().requires_grad_(False).to(device or torch.device("cpu"))
+
+
+def _verified(checkpoint: Location, name: str) -> bytes:
+    records = {record.name: record for record in read_manifest(checkpoint) or ()}
+    if name not in records:
+        raise BadInput(f"{checkpoint.uri} has no {name}, it has {', '.join(sorted(records))}")
+    content = (checkpoint / name).read()
+    if hashlib.sha256(content).hexdigest() != records[name].sha256:
+        raise BadInput(f"{checkpoint.uri}/{name} is damaged: its sha256 is not the manifest's")
+    return content

@@ -31,12 +31,14 @@ def write_checkpoint(
             previous checkpoint stays the newest.
     """
     checkpoint = run / FOLDER / folder_name(state.images)
+    # What a broken save, or damage, left here must not look whole while it is overwritten.
+    (checkpoint / MANIFEST).delete()
     records = []
     for name, tensors in files:
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
         records.append(_put(checkpoint / name, safetensors.torch.save(contiguous)))
     records.append(_put(checkpoint / STATE, state.to_json()))
-    (checkpoint / MANIFEST).write(manifest_json(records))
+    _put(checkpoint / MANIFEST, manifest_json(records))
     return checkpoint
 
 

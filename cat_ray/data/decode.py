@@ -12,6 +12,14 @@ from cat_ray.errors import BadInput
 
 IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
 LABEL_ENDING = "cls"
+UNREADABLE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+)
+BLOCK_BYTES = tarfile.BLOCKSIZE
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -47,6 +55,9 @@ def untar(content: bytes, name: str) -> Iterator[RawSample]:
                     key, members = f"{folder}/{stem}", {}
                 file = archive.extractfile(info)
                 members[ending.lower()] = file.read() if file else b""
+            # The tarfile module takes a damaged header, or a missing one, for the end.
+            if content[archive.offset :][:BLOCK_BYTES] != bytes(BLOCK_BYTES):
+                raise tarfile.ReadError("it breaks off, or a header in it is damaged")
     except tarfile.TarError as error:
         raise BadInput(f"shard {name} is not a whole tar file: {error}") from error
     if members:
@@ -62,7 +73,7 @@ def decode_image(content: bytes, channels: int, resolution: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content)) as image:
             pixels = np.asarray(image.convert(MODES[channels]), dtype=np.uint8)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise BrokenSample(f"not a readable image ({error})") from error
     if pixels.shape[:2] != (resolution, resolution):
         height, width = pixels.shape[:2]

@@ -59,7 +59,7 @@ def read_index(folder: Location) -> Index:
         raise BadInput(f"{folder.uri} has no {INDEX_NAME}: make the shards with `cat-ray prepare`")
     try:
         values = json.loads(place.read())
-        if values.pop("format") != FORMAT:
+        if not isinstance(values, dict) or values.pop("format") != FORMAT:
             raise ValueError(f"it is not of format {FORMAT}")
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
         return Index(**{**values, "class_counts": tuple(values["class_counts"])}, shards=shards)

@@ -25,14 +25,14 @@ def read_images(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first readable images `[N, c, R, R]` uint8, at most `limit`, and their classes `[N]`."""
     images, labels = [], []
-    for shard in index.shards:
-        for sample in read_shard(folder, shard):
-            if len(images) == limit:
-                break
-            try:
-                image, label = decode_sample(sample, index.channels, index.resolution, num_classes)
-            except BrokenSample:
-                continue
-            images.append(image)
-            labels.append(label)
+    samples = (sample for shard in index.shards for sample in read_shard(folder, shard))
+    for sample in samples:
+        try:
+            image, label = decode_sample(sample, index.channels, index.resolution, num_classes)
+        except BrokenSample:
+            continue
+        images.append(image)
+        labels.append(label)
+        if len(images) == limit:
+            break
     return np.stack(images), np.asarray(labels, dtype=np.int64)

@@ -6,7 +6,8 @@ stream at a time: while it trains on one, the next is read. A window is read as 
 because Ray Data's executor, which lives in the worker, spins as long as it is held back.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import ray.data
 import ray.train
 
 from cat_ray.data.decode import BrokenSample, decode_sample
-from cat_ray.data.index import Index
+from cat_ray.data.index import Index, Shard
 from cat_ray.data.order import Stream, lane_images, pieces
 from cat_ray.data.read import read_shard
 from cat_ray.errors import BadInput
@@ -148,36 +149,43 @@ def read_piece(task: dict[str, np.ndarray], due: Due) -> dict[str, np.ndarray]:
 
     `place` is the sample's among all of the lane since the start of the run.
 
-    A sample that can't be decoded is replaced by the nearest good one of the piece, so that counts
-    and order stay as planned.
+    A sample that can't be decoded is replaced by the nearest good one of the shard, so that counts
+    and order stay as planned, wherever the piece begins.
 
     Raises:
-        BadInput: the shard can't be read, or none of the piece's samples can.
+        BadInput: the shard can't be read, or none of its samples can.
     """
     shard = due.index.shards[int(task["shard"][0])]
     members = [int(member) for member in task["members"][0]]
     samples = read_shard(due.folder, shard)
-    decoded: list[tuple[np.ndarray, int] | None] = []
+
+    def decode(member: int) -> tuple[np.ndarray, int]:
+        index = due.index
+        return decode_sample(samples[member], index.channels, index.resolution, due.num_classes)
+
+    rows: list[tuple[np.ndarray, int]] = []
     broken: list[str] = []
     for member in members:
         try:
-            decoded.append(
-                decode_sample(
-                    samples[member], due.index.channels, due.index.resolution, due.num_classes
-                )
-            )
+            rows.append(decode(member))
             broken.append("")
         except BrokenSample as error:
-            decoded.append(None)
             broken.append(f"{shard.name}: {samples[member].key}: {error}")
-    good = [place for place, sample in enumerate(decoded) if sample is not None]
-    if not good:
-        raise BadInput(f"no sample of shard {shard.name} can be read: {broken[0]}")
-    chosen = [decoded[min(good, key=lambda g, at=at: abs(g - at))] for at in range(len(members))]
+            rows.append(_stand_in(member, shard, decode))
     return {
-        "image": np.stack([sample[0] for sample in chosen if sample]),
-        "label": np.asarray([sample[1] for sample in chosen if sample], dtype=np.int64),
+        "image": np.stack([image for image, _ in rows]),
+        "label": np.asarray([label for _, label in rows], dtype=np.int64),
         "lane": np.full(len(members), int(task["lane"][0])),
         "place": int(task["start"][0]) + np.arange(len(members)),
         "broken": np.asarray(broken),
     }
+
+
+def _stand_in(
+    member: int, shard: Shard, decode: Callable[[int], tuple[np.ndarray, int]]
+) -> tuple[np.ndarray, int]:
+    """The good sample of the shard that is nearest to a broken one."""
+    for other in sorted(range(shard.count), key=lambda other: abs(other - member)):
+        with contextlib.suppress(BrokenSample):
+            return decode(other)
+    raise BadInput(f"no sample of shard {shard.name} can be read")

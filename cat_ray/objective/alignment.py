@@ -70,10 +70,15 @@ def load_teacher(name: str, width: int) -> Teacher:
     except ImportError as error:
         raise BadInput("alignment needs transformers: pip install '.[alignment]'") from error
     try:
-        backbone = Dinov2Model.from_pretrained(name, use_safetensors=True)
+        backbone, loaded = Dinov2Model.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         kind = "folder" if Path(name).exists() else "hub name or folder"
         raise BadInput(f"can't load the teacher from the {kind} {name}: {error}") from error
+    if loaded["missing_keys"]:
+        missing = ", ".join(sorted(loaded["missing_keys"])[:3])
+        raise BadInput(f"the teacher {name} is not whole, it lacks {missing} ...")
     if backbone.config.hidden_size != width:
         raise BadInput(
             f"the teacher {name} has width {backbone.config.hidden_size}, "

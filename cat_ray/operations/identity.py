@@ -9,7 +9,8 @@ from cat_ray.storage import Location
 CONFIG_NAME = "config.resolved.yaml"
 DATA_NAME = "data.sha256"
 
-# What may change from one call to the next without changing what is computed.
+# What may change from one call to the next without changing what is computed: keys, and sections
+# with a dot at the end.
 FREE = (
     "run.folder",
     "run.total_images",
@@ -36,7 +37,7 @@ def differences(a: Config, b: Config) -> list[str]:
     return [
         f"{name} is {_show(first.get(name))} there, {_show(second.get(name))} here"
         for name in sorted(first.keys() | second.keys())
-        if first.get(name) != second.get(name) and not name.startswith(FREE)
+        if first.get(name) != second.get(name) and not _is_free(name)
     ]
 
 
@@ -59,8 +60,12 @@ def claim(run: Location, config: Config, data_digest: str) -> None:
             )
     elif run.sizes() or run.folders():
         raise BadInput(f"{run.uri} isn't empty and holds no run: choose another run.folder")
-    (run / DATA_NAME).write(data_digest.encode())
     place.write(dump(config).encode())
+    (run / DATA_NAME).write(data_digest.encode())
+
+
+def _is_free(name: str) -> bool:
+    return any(name.startswith(key) if key.endswith(".") else name == key for key in FREE)
 
 
 def _show(value: Any) -> str:

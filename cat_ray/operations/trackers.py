@@ -3,11 +3,10 @@
 Servers, projects and keys come from the environment (`WANDB_*`, `MLFLOW_*`), never from here.
 """
 
-import importlib
 import logging
 import os
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 from cat_ray.errors import BadInput
 from cat_ray.storage import Location
@@ -43,13 +42,17 @@ class WandbTracker:
     """A W&B run. Steps that W&B has already are kept as they are, it can't take them back."""
 
     def __init__(self, run: Location):
-        wandb = _require("wandb")
+        try:
+            # By name: a bare `import wandb` would take the folder that W&B writes to for it.
+            from wandb import Error, init
+        except ImportError as error:
+            raise _missing("wandb") from error
         place = run / "wandb.run_id"
         known = _known(place)
         name = None if known else os.environ.get("WANDB_NAME", run.name)
         try:
-            self._run = wandb.init(id=known, resume="allow", name=name)
-        except wandb.Error as error:
+            self._run = init(id=known, resume="allow", name=name)
+        except Error as error:
             raise BadInput(f"W&B doesn't start: {error}") from error
         place.write(self._run.id.encode())
 
@@ -69,7 +72,11 @@ class MlflowTracker:
     """
 
     def __init__(self, run: Location):
-        self._mlflow = mlflow = _require("mlflow")
+        try:
+            import mlflow
+        except ImportError as error:
+            raise _missing("mlflow") from error
+        self._mlflow = mlflow
         place = run / "mlflow.run_id"
         known = _known(place)
         try:
@@ -91,7 +98,10 @@ class MlflowTracker:
 
     def close(self) -> None:
         """See `Tracker`."""
-        self._mlflow.end_run()
+        try:
+            self._mlflow.end_run()
+        except self._mlflow.MlflowException as error:
+            logger.warning("MLflow didn't take the end of the run: %s", error)
 
 
 TRACKERS: dict[str, type[WandbTracker] | type[MlflowTracker]] = {
@@ -100,13 +110,10 @@ TRACKERS: dict[str, type[WandbTracker] | type[MlflowTracker]] = {
 }
 
 
-def _require(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise BadInput(
-            f"reporting.trackers names {package}, which isn't installed: pip install '.[{package}]'"
-        ) from error
+def _missing(package: str) -> BadInput:
+    return BadInput(
+        f"reporting.trackers names {package}, which isn't installed: pip install '.[{package}]'"
+    )
 
 
 def _known(place: Location) -> str | None:

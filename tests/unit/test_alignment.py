@@ -161,7 +161,6 @@ def test_a_folder_without_weights_is_refused_as_a_folder(folder, tmp_path):
         load_teacher(str(tmp_path), WIDTH)
 
 
-@pytest.mark.xfail(strict=True, reason="transformers fills what is missing with random weights")
 def test_weights_that_are_not_all_there_are_refused(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     weights = safetensors.torch.load_file(folder / "model.safetensors")

@@ -47,12 +47,9 @@ def test_where_there_is_no_index_the_command_that_makes_one_is_told(tmp_path):
         INDEX.to_json().replace(b'"count"', b'"cuont"'),
         INDEX.to_json().replace(b'"resolution"', b'"resolutoin"'),
         json.dumps({"format": 1, "class_counts": 3, "shards": [3]}).encode(),
-        pytest.param(
-            b"null",
-            marks=pytest.mark.xfail(
-                strict=True, raises=AttributeError, reason="a JSON value without pop()"
-            ),
-        ),
+        b"null",
+        b"3",
+        b'"text"',
     ],
 )
 def test_what_is_no_index_is_refused_by_name(folder, content):

@@ -112,19 +112,35 @@ def test_without_diffusers_the_extra_is_named(monkeypatch):
         load_vae("anything")
 
 
-@pytest.mark.parametrize("damage", ["nothing there", "no weights", "cut short", "not JSON"])
-def test_a_vae_that_cannot_be_read_is_bad_input(folder, damage):
+@pytest.mark.parametrize(
+    "damage", ["nothing there", "no weights", "pickled", "cut short", "not JSON"]
+)
+def test_a_vae_that_cannot_be_read_is_bad_input(vae, folder, damage):
     weights = folder / "diffusion_pytorch_model.safetensors"
     if damage == "nothing there":
         folder = folder.with_name("absent")
     elif damage == "no weights":
         weights.unlink()
+    elif damage == "pickled":
+        weights.unlink()
+        vae.save_pretrained(folder, safe_serialization=False)
     elif damage == "cut short":
         weights.write_bytes(weights.read_bytes()[:1000])
     else:
         (folder / "config.json").write_text("{")
     with pytest.raises(BadInput, match=f"can't load the VAE from the .*folder {folder}: "):
         load_vae(str(folder))
+
+
+def test_the_hub_is_asked_for_the_revision(monkeypatch):
+    diffusers = pytest.importorskip("diffusers", reason="needs pip install '.[vae]'")
+
+    def refuse(name, *, revision, **_):
+        raise ValueError(f"no {revision} of {name}")
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", refuse)
+    with pytest.raises(BadInput, match="hub name or folder lab/vae: no v1 of lab/vae"):
+        load_vae("lab/vae", "v1")
 
 
 @pytest.mark.parametrize("other", [{"layers_per_block": 2}, {"latent_channels": 8}])

@@ -115,6 +115,15 @@ def test_a_folder_is_no_file(place):
     assert (place / "folder").size() is None
 
 
+def test_a_deleted_file_is_gone_and_one_that_is_not_there_is_no_error(place, tmp_path):
+    for name in ("gone", "kept", "folder/kept"):
+        (place / name).write(b"x")
+    for name in ("gone", "gone", "absent", "folder"):
+        (place / name).delete()
+    assert files(tmp_path / "folder").keys() == {"kept"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "kept"]
+
+
 def test_a_deleted_folder_is_gone_with_all_below_and_nothing_beside(place, tmp_path):
     for name in ("gone/a", "gone/deep/b", "kept/c"):
         (place / name).write(b"x")

@@ -60,6 +60,8 @@ class Service:
         self.points.append((run_id, step, values))
 
     def end(self) -> None:
+        if self.refuses:
+            raise self.Refusal("gone away")
         self.ended.append(self.current)
 
 
@@ -180,6 +182,15 @@ def test_without_its_package_a_tracker_is_bad_input_that_names_the_extra(name, r
         start_trackers((name,), run)
 
 
+def test_the_folder_that_wandb_writes_to_is_not_taken_for_its_package(run, tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(BadInput, match=r"pip install '\.\[wandb\]'"):
+        start_trackers(("wandb",), run)
+    sys.modules.pop("wandb", None)
+
+
 def test_a_service_that_refuses_to_start_is_bad_input_and_leaves_no_id(name, service, run):
     service.refuses = True
     with pytest.raises(BadInput, match=r"doesn't start.*no such project"):
@@ -198,6 +209,10 @@ def test_mlflow_that_fails_later_costs_points_but_not_the_run(monkeypatch, run, 
     service.refuses = False
     tracker.log("train", 64, {"d_loss": 0.25})
     assert [step for _, step, _ in service.points] == [64]
+    service.refuses = True
+    with caplog.at_level(logging.WARNING):
+        tracker.close()
+    assert "end of the run: gone away" in caplog.text
 
 
 def test_no_trackers_need_no_packages(run, monkeypatch):
