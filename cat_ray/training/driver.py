@@ -23,7 +23,7 @@ from cat_ray.operations.identity import claim
 from cat_ray.operations.progress import Progress
 from cat_ray.operations.report import write_report
 from cat_ray.storage import ENVIRONMENT, Location, locate
-from cat_ray.training.worker import work
+from cat_ray.training.worker import REFUSED, work
 
 RAY_FOLDER = "ray"
 
@@ -50,6 +50,8 @@ def train(config: Config) -> Location:
     def still_due() -> Due:
         # Ray Train calls this in its controller whenever a worker group starts: here, and only
         # here, it is decided which checkpoint all workers go on from.
+        if (run / REFUSED).exists():
+            raise BadInput((run / REFUSED).read().decode())
         check_shards(index, shards)
         checkpoint = newest(run)
         return Due(
@@ -68,6 +70,7 @@ def train(config: Config) -> Location:
             num_classes=config.data.num_classes,
         )
 
+    (run / REFUSED).delete()
     session = uuid.uuid4().hex[:8]
     if still_due().start < config.run.total_images:
         with _cluster(config), Progress(run, session, config.run.total_images):

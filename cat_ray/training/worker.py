@@ -7,8 +7,12 @@ import torch
 
 from cat_ray.config import parse
 from cat_ray.data.stream import DATASET_NAME, RankStream
+from cat_ray.errors import BadInput
+from cat_ray.storage import locate
 from cat_ray.training.loop import train
 from cat_ray.training.session import Session
+
+REFUSED = "refused.txt"
 
 
 def work(settings: dict[str, Any]) -> None:
@@ -23,6 +27,12 @@ def work(settings: dict[str, Any]) -> None:
     config = parse(settings["config"], "config")
     # A sum's rounding depends on the number of threads: it is the job's, not the machine's.
     torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
-    session = Session(config, stream, settings["session"])
-    train(session)
-    session.close()
+    try:
+        session = Session(config, stream, settings["session"])
+        train(session)
+        session.close()
+    except BadInput as error:
+        # Another try would meet the same: the driver reads this before it starts one.
+        place = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
+        (place / REFUSED).write(str(error).encode())
+        raise

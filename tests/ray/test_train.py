@@ -109,7 +109,12 @@ def test_broken_samples_are_skipped_counted_and_limited(
 ) -> None:
     prepare("mnist", locate(f"{tmp_path}/shards"))
     damage(tmp_path / "shards", 400)
-    result = train(job_file, "run.total_images=1280", f"data.max_broken_samples={allowed}")
+    result = train(
+        job_file,
+        "run.total_images=1280",
+        f"data.max_broken_samples={allowed}",
+        "workers.max_failures=100",
+    )
     assert result.returncode == exit_code, result.stderr[-3000:]
     if exit_code == 0:
         rows = read_rows(locate(f"{tmp_path}/run"))
