@@ -46,6 +46,8 @@ def drop_old(run: Location, keep: int) -> None:
     """Deletes all but the newest complete checkpoints, and nothing newer than those."""
     complete = [folder for folder in (run / FOLDER).folders() if read_manifest(folder) is not None]
     for folder in complete[:-keep]:
+        # Without it the rest is no checkpoint, should the deletion break off.
+        (folder / MANIFEST).delete()
         folder.delete_folder()
 
 

@@ -82,11 +82,13 @@ def test_the_same_job_runs_on_s3_by_changing_uris(job_file: Path, s3_server) -> 
         f"run.folder={base}/run",
         f"data.shards={base}/shards",
         f"storage.endpoint_url={s3_server.endpoint_url}",
+        "checkpoints.keep=1",
     )
     assert result.returncode == 0, result.stderr[-3000:]
     run = locate(f"{base}/run", s3_server.endpoint_url)
     checkpoint = newest(run)
     assert checkpoint is not None and read_state(checkpoint).images == 64
+    assert [folder.name for folder in (run / "checkpoints").folders()] == [checkpoint.name]
     assert (run / "report.html").exists()
     assert [row["images"] for row in read_rows(run) if row["kind"] == "train"] == [32, 64]
     assert (run / "tensorboard").sizes()
