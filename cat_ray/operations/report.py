@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from cat_ray.storage import Location
 
 REPORT = "report.html"
 GRIDS = "grids"
+GRID_NAME = re.compile(r"images-(\d+)\.png")
 GRIDS_SHOWN = 6
 
 CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -124,7 +126,7 @@ def _curves(rows: Sequence[Row]) -> str:
 
 
 def _grids(run: Location) -> str:
-    names = sorted((run / GRIDS).sizes())
+    names = sorted(name for name in (run / GRIDS).sizes() if GRID_NAME.fullmatch(name))
     # The first, the last, and some evenly between.
     last = len(names) - 1
     shown = sorted(
@@ -133,7 +135,7 @@ def _grids(run: Location) -> str:
     figures = []
     for place in shown:
         name = names[place]
-        images = int(name.removeprefix("images-").removesuffix(".png"))
+        images = int(name[len("images-") : -len(".png")])
         picture = _image((run / GRIDS / name).read(), f"samples after {images:,} images")
         figures.append(f"<figure>{picture}<figcaption>{images:,} images</figcaption></figure>")
     return "".join(figures)

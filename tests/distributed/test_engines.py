@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).with_name("engine_steps.py")
 CPU = torch.device("cpu")
 
 # Uneven shares at two ranks: three lanes. The learning rate is that of CAT-H, 2e-4 * 768 / 1280:
-# Adam divides a gradient by its own size, so that the rounding of a tiny one is worth a share of it.
+# Adam divides a gradient by its own size, so that a tiny one's rounding is worth a share of it.
 CHANGES = (
     "optimisation.generator={learning_rate: 1.2e-4, width_aware: false}",
     "optimisation.discriminator={learning_rate: 1.2e-4, width_aware: false}",

@@ -200,7 +200,6 @@ def test_few_grids_are_shown_evenly_from_the_first_to_the_last(begun, count):
     assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="every file in the folder is taken")
 def test_a_grid_that_is_being_written_is_not_shown(begun):
     write_grids(begun, 3)
     # What a worker's Location.write leaves for a moment, or for good if it is killed.
