@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-PATCHES = (2, 4, 8)
-
 
 @dataclass(frozen=True)
 class Size:

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cat_ray.model.generator import Generator, GeneratorShape
-from cat_ray.model.sizes import PATCHES, SIZES, Size
+from cat_ray.model.sizes import SIZES, Size
 
 TINY = GeneratorShape(
     size=Size(depth=8, width=16, heads=2),
@@ -66,7 +66,7 @@ def test_the_published_models_have_the_published_operations(size, operations):
     assert counter.get_total_flops() / 2 == pytest.approx(operations, rel=0.01)
 
 
-@pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.parametrize("patch", (2, 4, 8))
 @pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
 def test_every_size_and_patch_gives_four_latents(size, patch):
