@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cat_ray import config as configuration
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, RunFailed, Unfinished
 from cat_ray.storage import Location, locate
 
 app = typer.Typer(
@@ -145,9 +145,9 @@ def _numbers(text: str) -> list[int] | None:
 
 @contextlib.contextmanager
 def _speaking_plainly() -> Iterator[None]:
-    """Bad input ends the command with one message and exit code 2, without a traceback."""
+    """What was foreseen ends the command with one message and its exit code, no traceback."""
     try:
         yield
-    except BadInput as error:
+    except (BadInput, RunFailed, Unfinished) as error:
         print(f"cat-ray: {error}", file=sys.stderr)
-        raise typer.Exit(BadInput.exit_code) from None
+        raise typer.Exit(error.exit_code) from None

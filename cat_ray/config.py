@@ -231,13 +231,29 @@ class Optimisation(Section):
 
 
 class Workers(Section):
-    """The Ray Train worker group: one process each, a GPU each where `gpu` is set."""
+    """The Ray Train worker group: one process each, a GPU each where `gpu` is set.
+
+    The group shrinks when nodes go and grows when nodes come, between `minimum` and `maximum`.
+
+    Attributes:
+        max_failures: failures in a row, without a new checkpoint between them, that a run survives.
+        max_preemptions: how often it gives way to a preemption; unlimited if unset.
+        start_seconds: how long to wait for the resources of a group before counting nodes anew.
+        resize_check_seconds: how often to look for nodes that came or are about to go.
+        capacity_seconds: how long to wait while there are fewer than `minimum`; for ever if unset.
+        stall_seconds: a step that takes longer has stalled, and the group starts again.
+    """
 
     minimum: int = Field(default=1, gt=0)
     maximum: int = Field(default=1, gt=0)
     gpu: bool = False
     cpus_per_worker: float = Field(default=1.0, gt=0)
     max_failures: int = Field(default=3, ge=0)
+    max_preemptions: int | None = Field(default=None, ge=0)
+    start_seconds: float = Field(default=5.0, gt=0)
+    resize_check_seconds: float = Field(default=10.0, gt=0)
+    capacity_seconds: float | None = Field(default=None, gt=0)
+    stall_seconds: float = Field(default=300.0, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> "Workers":
@@ -246,23 +262,77 @@ class Workers(Section):
         return self
 
 
+class Preemption(Section):
+    """Who tells that a machine will be taken away, beside Ray's drains and SIGTERM.
+
+    Attributes:
+        cloud: whose metadata endpoint to ask.
+        metadata_url: where it is, for tests; the cloud's own address if unset.
+        poll_seconds: how often to ask.
+        margin: a save must take at most 1 / margin of the time that is left.
+    """
+
+    cloud: Literal["aws", "gcp", "azure"] | None = None
+    metadata_url: str | None = None
+    poll_seconds: float = Field(default=5.0, gt=0)
+    margin: float = Field(default=1.5, ge=1)
+
+
 class Checkpoints(Section):
-    """When to save, and how many to keep."""
+    """When to save, how, and how many to keep.
+
+    Attributes:
+        save_every_images: the interval.
+        keep: how many of the newest stay.
+        keep_every_images: beside those, the first at or past each multiple of this stays.
+        pending_saves: saves that may be under way in the background before training waits.
+        local_folder: where a worker's part waits for its upload; the temporary folder if unset.
+        retry_seconds: for how long an upload that the storage refuses is tried again.
+    """
 
     save_every_images: int = Field(default=1_000_000, gt=0)
     keep: int = Field(default=3, gt=0)
+    keep_every_images: int | None = Field(default=None, gt=0)
+    pending_saves: int = Field(default=1, gt=0)
+    local_folder: str | None = None
+    retry_seconds: float = Field(default=600.0, ge=0)
+
+
+class Health(Section):
+    """What a sick GAN looks like, and how often to go back to a healthy one.
+
+    A step is bad if a figure is not finite, if R1 or R2 is above `penalty`, or if the discriminator
+    has won: it ranks at least `won_accuracy` of the pairs rightly while the generator's loss is at
+    least `won_generator_loss`. After `bad_steps` in a row the run goes back to the newest
+    checkpoint, with other noise, at most `max_rollbacks` times.
+    """
+
+    bad_steps: int = Field(default=20, gt=0)
+    penalty: float = Field(default=1e6, gt=0)
+    won_accuracy: float = Field(default=0.999, gt=0, le=1)
+    won_generator_loss: float = Field(default=20.0, gt=0)
+    max_rollbacks: int = Field(default=3, ge=0)
+
+
+class Cost(Section):
+    """What an hour of one worker costs, a GPU or, without, its share of a machine."""
+
+    spot_per_gpu_hour: float | None = Field(default=None, ge=0)
+    on_demand_per_gpu_hour: float | None = Field(default=None, ge=0)
 
 
 class Reporting(Section):
     """When to print a line of figures, when to draw a grid of samples, and who else is told.
 
     `trackers` get the figures beside `metrics.jsonl` and TensorBoard; their environment variables
-    say where to and with which key.
+    say where to and with which key. With `sample_keys` each worker writes down which samples it
+    trained on, for a proof that none is lost or doubled.
     """
 
     log_every_images: int = Field(default=10_000, gt=0)
     grid_every_images: int = Field(default=500_000, gt=0)
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    sample_keys: bool = False
 
 
 class Evaluation(Section):
@@ -287,7 +357,10 @@ class Config(Section):
     objective: Objective = Objective()
     optimisation: Optimisation = Optimisation()
     workers: Workers = Workers()
+    preemption: Preemption = Preemption()
     checkpoints: Checkpoints = Checkpoints()
+    health: Health = Health()
+    cost: Cost = Cost()
     reporting: Reporting = Reporting()
     evaluation: Evaluation = Evaluation()
 

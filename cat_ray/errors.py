@@ -1,7 +1,34 @@
-"""The one exception that speaks to the person who started the command."""
+"""The exceptions that mean something beyond the place where they are raised."""
 
 
 class BadInput(Exception):
     """Something the user gave can't be used. The message says what to do; the exit code is 2."""
 
     exit_code = 2
+
+
+class GaveWay(Exception):
+    """A worker group stopped by itself, with everything saved as far as there was time.
+
+    `cause` is `preemption`, `resize`, `stop` or `roll-back`: it decides which budget is charged.
+    """
+
+    def __init__(self, cause: str, message: str):
+        super().__init__(cause, message)
+        self.cause = cause
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Unfinished(Exception):
+    """The run stopped before its end with a good checkpoint: the same command goes on with it."""
+
+    exit_code = 75
+
+
+class RunFailed(Exception):
+    """The run can't go on by itself. The message says why; the exit code is 1."""
+
+    exit_code = 1

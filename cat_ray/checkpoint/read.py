@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import safetensors.torch
 import torch
@@ -11,9 +15,11 @@ from cat_ray.checkpoint.layout import (
     FOLDER,
     GENERATOR,
     STATE,
+    FileRecord,
+    Part,
     State,
-    average_file,
-    read_manifest,
+    average_group,
+    read_whole,
 )
 from cat_ray.config import Config, parse
 from cat_ray.errors import BadInput
@@ -21,11 +27,51 @@ from cat_ray.model.build import build_generator
 from cat_ray.model.generator import Generator
 from cat_ray.storage import Location
 
+READERS = 8
+
+logger = logging.getLogger(__name__)
+
+
+def complete(run: Location) -> Iterator[Location]:
+    """The complete checkpoints of a run folder, newest first."""
+    for folder in reversed((run / FOLDER).folders()):
+        if read_whole(folder) is not None:
+            yield folder
+
 
 def newest(run: Location) -> Location | None:
     """The newest complete checkpoint of a run folder, or None."""
-    folders = (run / FOLDER).folders()
-    return next((folder for folder in reversed(folders) if read_manifest(folder)), None)
+    return next(complete(run), None)
+
+
+def newest_sound(run: Location) -> Location | None:
+    """The newest checkpoint in which every file has its sha256, or None.
+
+    A damaged one is named in a warning and passed over.
+    """
+    for checkpoint in complete(run):
+        damaged = verify(checkpoint)
+        if not damaged:
+            return checkpoint
+        logger.warning("%s; the checkpoint before it is used", "; ".join(damaged))
+    return None
+
+
+def verify(checkpoint: Location) -> list[str]:
+    """Hashes every file; a line for each that is not what the manifest says, none if all are."""
+    records = read_whole(checkpoint)
+    if records is None:
+        return [f"{checkpoint.uri} is not a complete checkpoint"]
+
+    def problem(record: FileRecord) -> str | None:
+        try:
+            _verified(checkpoint, record)
+        except BadInput as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return [line for line in pool.map(problem, records.files) if line]
 
 
 def resolve(place: Location) -> Location:
@@ -34,10 +80,86 @@ def resolve(place: Location) -> Location:
     Raises:
         BadInput: it is neither, or the checkpoint is not complete.
     """
-    found = place if read_manifest(place) is not None else newest(place)
+    found = place if read_whole(place) is not None else newest(place)
     if found is None:
         raise BadInput(f"{place.uri} is neither a complete checkpoint nor a run that has one")
     return found
+
+
+class CheckpointReader:
+    """Reads tensors of a checkpoint, whole or in part, whoever wrote which slice of them.
+
+    Each file is read once, checked against its sha256, and kept until the reader goes.
+    """
+
+    def __init__(self, checkpoint: Location):
+        self.checkpoint = checkpoint
+        self._files: dict[str, dict[str, Tensor]] = {}
+
+    @cached_property
+    def manifest(self) -> Part:
+        """What the checkpoint holds.
+
+        Raises:
+            BadInput: it is not complete.
+        """
+        manifest = read_whole(self.checkpoint)
+        if manifest is None:
+            raise BadInput(f"{self.checkpoint.uri} is not a complete checkpoint")
+        return manifest
+
+    @cached_property
+    def state(self) -> State:
+        """Images seen, configuration and versions."""
+        return State(**json.loads(_verified(self.checkpoint, self._record(STATE))))
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """The full tensors of a group, by name.
+
+        Raises:
+            BadInput: there is no such group, or a file is damaged.
+        """
+        full: dict[str, Tensor] = {}
+        for piece in self.manifest.slices:
+            if piece.group == group:
+                values = self._file(piece.file)[piece.tensor]
+                if piece.tensor not in full:
+                    full[piece.tensor] = torch.empty(piece.shape, dtype=values.dtype)
+                flat = full[piece.tensor].view(-1)
+                flat[piece.offset : piece.offset + piece.length] = values
+        if not full:
+            groups = sorted({piece.group for piece in self.manifest.slices})
+            raise BadInput(f"{self.checkpoint.uri} has no {group}, it has {', '.join(groups)}")
+        return full
+
+    def run(self, group: str, tensor: str, offset: int, length: int) -> Tensor:
+        """Elements `offset` to `offset + length` of a flattened tensor; zeros past its end."""
+        found = torch.zeros(length)
+        for piece in self._by_tensor.get((group, tensor), ()):
+            first = max(offset, piece.offset)
+            beyond = min(offset + length, piece.offset + piece.length)
+            if first < beyond:
+                values = self._file(piece.file)[tensor]
+                found[first - offset : beyond - offset] = values[
+                    first - piece.offset : beyond - piece.offset
+                ]
+        return found
+
+    @cached_property
+    def _by_tensor(self) -> dict[tuple[str, str], list]:
+        found: dict[tuple[str, str], list] = {}
+        for piece in self.manifest.slices:
+            found.setdefault((piece.group, piece.tensor), []).append(piece)
+        return found
+
+    def _file(self, name: str) -> dict[str, Tensor]:
+        if name not in self._files:
+            content = _verified(self.checkpoint, self._record(name))
+            self._files[name] = safetensors.torch.load(content)
+        return self._files[name]
+
+    def _record(self, name: str) -> FileRecord:
+        return next(record for record in self.manifest.files if record.name == name)
 
 
 def read_state(checkpoint: Location) -> State:
@@ -46,7 +168,7 @@ def read_state(checkpoint: Location) -> State:
     Raises:
         BadInput: the file is not what the manifest says.
     """
-    return State(**json.loads(_verified(checkpoint, STATE)))
+    return CheckpointReader(checkpoint).state
 
 
 def read_config(checkpoint: Location) -> Config:
@@ -54,13 +176,13 @@ def read_config(checkpoint: Location) -> Config:
     return parse(read_state(checkpoint).config, (checkpoint / STATE).uri)
 
 
-def read_tensors(checkpoint: Location, name: str) -> dict[str, Tensor]:
-    """The tensors of one file, by name.
+def read_tensors(checkpoint: Location, group: str) -> dict[str, Tensor]:
+    """The full tensors of one group, by name.
 
     Raises:
-        BadInput: the file is not what the manifest says, or no safetensors file.
+        BadInput: there is no such group, or a file is damaged.
     """
-    return safetensors.torch.load(_verified(checkpoint, name))
+    return CheckpointReader(checkpoint).tensors(group)
 
 
 def load_generator(
@@ -70,19 +192,18 @@ def load_generator(
 
     A decay of 0 gives the raw weights.
     """
-    config = read_config(checkpoint)
+    reader = CheckpointReader(checkpoint)
+    config = parse(reader.state.config, (checkpoint / STATE).uri)
     decay = config.optimisation.ema_decays[0] if decay is None else decay
     generator = build_generator(config)
-    weights = read_tensors(checkpoint, average_file(decay) if decay else GENERATOR)
-    generator.load_state_dict(weights)
+    generator.load_state_dict(reader.tensors(average_group(decay) if decay else GENERATOR))
     return generator.eval().requires_grad_(False).to(device or torch.device("cpu"))
 
 
-def _verified(checkpoint: Location, name: str) -> bytes:
-    records = {record.name: record for record in read_manifest(checkpoint) or ()}
-    if name not in records:
-        raise BadInput(f"{checkpoint.uri} has no {name}, it has {', '.join(sorted(records))}")
-    content = (checkpoint / name).read()
-    if hashlib.sha256(content).hexdigest() != records[name].sha256:
-        raise BadInput(f"{checkpoint.uri}/{name} is damaged: its sha256 is not the manifest's")
+def _verified(checkpoint: Location, record: FileRecord) -> bytes:
+    content = (checkpoint / record.name).read()
+    if hashlib.sha256(content).hexdigest() != record.sha256:
+        raise BadInput(
+            f"{checkpoint.uri}/{record.name} is damaged: its sha256 is not the manifest's"
+        )
     return content

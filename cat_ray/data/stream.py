@@ -38,6 +38,9 @@ class Due:
         stop: images at the end of the run.
         window: images that are read at a time, over all workers; a multiple of the batch.
         checkpoint: URI of the checkpoint that `start` comes from, None at the very start.
+        worker_group: a name that no other worker group of the run has.
+        began: unix time at which the start of the group began.
+        noise_stream: how often the run was rolled back.
         index: the shards.
         folder: where they lie.
         num_classes: class ids must be below this.
@@ -48,6 +51,9 @@ class Due:
     stop: int
     window: int
     checkpoint: str | None
+    worker_group: str
+    began: float
+    noise_stream: int
     index: Index
     folder: Location
     num_classes: int
@@ -60,11 +66,13 @@ class Batch:
     Attributes:
         images: `[n, channels, resolution, resolution]` uint8.
         labels: `[n]` int64.
+        keys: `[n]`, each sample's shard and name in it.
         broken: for each sample "", or a line where it can't be read and a neighbour stands in.
     """
 
     images: np.ndarray
     labels: np.ndarray
+    keys: np.ndarray
     broken: np.ndarray
 
 
@@ -113,12 +121,12 @@ class RankStream:
             for lane in self.lanes
         )
         assert len(order) == wanted, f"{len(order)} samples came, not {wanted}"
-        return Batch(*(columns[name][order] for name in ("image", "label", "broken")))
+        return Batch(*(columns[name][order] for name in ("image", "label", "key", "broken")))
 
 
 def _cut(window: Batch, lanes: int, steps: int) -> Iterator[Batch]:
     """A window, lane after lane, as the batches of each step."""
-    columns = (window.images, window.labels, window.broken)
+    columns = (window.images, window.labels, window.keys, window.broken)
     by_step = [column.reshape(lanes, steps, -1, *column.shape[1:]) for column in columns]
     for step in range(steps):
         yield Batch(*(column[:, step].reshape(-1, *column.shape[3:]) for column in by_step))
@@ -145,7 +153,7 @@ class LaneDataConfig(ray.train.DataConfig):
 
 
 def read_piece(task: dict[str, np.ndarray], due: Due) -> dict[str, np.ndarray]:
-    """Reads one piece: the columns image, label, lane, place and broken, a row for each sample.
+    """Reads one piece: the columns image, label, key, lane, place, broken, a row for each sample.
 
     `place` is the sample's among all of the lane since the start of the run.
 
@@ -175,6 +183,7 @@ def read_piece(task: dict[str, np.ndarray], due: Due) -> dict[str, np.ndarray]:
     return {
         "image": np.stack([image for image, _ in rows]),
         "label": np.asarray([label for _, label in rows], dtype=np.int64),
+        "key": np.asarray([f"{shard.name}/{samples[member].key}" for member in members]),
         "lane": np.full(len(members), int(task["lane"][0])),
         "place": int(task["start"][0]) + np.arange(len(members)),
         "broken": np.asarray(broken),

@@ -25,7 +25,10 @@ FREE = (
     "optimisation.generator.zero_stage",
     "optimisation.discriminator.zero_stage",
     "workers.",
+    "preemption.",
     "checkpoints.",
+    "health.",
+    "cost.",
     "reporting.",
     "evaluation.",
 )

@@ -14,6 +14,7 @@ from cat_ray.storage import Location
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+EVENT = "event"
 
 Row = dict[str, Any]
 
@@ -31,7 +32,7 @@ def read_rows(run: Location) -> list[Row]:
 class Journal:
     """Appends rows of figures; only the first worker has one.
 
-    Rows past the place where the run goes on are dropped: their work is done again.
+    Rows past the place where the run goes on are dropped, but for events: their work is done again.
     """
 
     def __init__(
@@ -46,7 +47,8 @@ class Journal:
         staging = Path(tempfile.gettempdir()) / f"cat_ray-{digest}"
         self._folder = run.local_path or staging
         self._folder.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_rows(run) if row["images"] <= images]
+        rows = read_rows(run)
+        kept = [row for row in rows if row["images"] <= images or row["kind"] == EVENT]
         (self._folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._tensorboard = SummaryWriter(
             str(self._folder / TENSORBOARD), purge_step=images + 1, filename_suffix=f".{session}"

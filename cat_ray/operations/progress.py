@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from cat_ray.operations.journal import Row, read_rows
+from cat_ray.operations.journal import EVENT, Row, read_rows
 from cat_ray.storage import Location
 
 LOCAL_POLL_SECONDS = 0.5
@@ -39,6 +39,8 @@ def describe(row: Row, total_images: int) -> str | None:
         return f"{at}  saved {row['location']} in {row['seconds']:.1f} s"
     if row["kind"] == "broken":
         return f"{at}  skipped {len(row['samples'])} broken samples: {'; '.join(row['samples'])}"
+    if row["kind"] == EVENT:
+        return f"{at}  {row['message']}"
     return None
 
 

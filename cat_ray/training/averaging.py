@@ -1,12 +1,12 @@
 """Moving averages of the generator's weights, in fp32, held as its engine holds the weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from cat_ray.training.engines import Engine, local_values
+from cat_ray.training.engines import PARTITIONED, Engine, Fragment, local_values
 
 
 class Averages:
@@ -14,10 +14,17 @@ class Averages:
 
     def __init__(self, engine: Engine, decays: tuple[float, ...]):
         self._engine = engine
-        self._parameters = list(engine.module.parameters())
+        named = list(engine.module.named_parameters())
+        self._parameters = [parameter for _, parameter in named]
+        self._places = {name: place for place, (name, _) in enumerate(named)}
         self._averages = {
             decay: [local_values(p).detach().clone() for p in self._parameters] for decay in decays
         }
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """The decays that there is an average for."""
+        return tuple(self._averages)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -35,19 +42,21 @@ class Averages:
         finally:
             self._swap(decay)
 
-    def weights(self, decay: float) -> dict[str, Tensor]:
-        """The full averaged parameters by name, on the CPU. Every worker must call this."""
-        with self.applied(decay):
-            return self._engine.weights()
+    def fragment(self, decay: float, fragment: Fragment) -> Tensor:
+        """The average of a fragment's elements, `[length]`, a view."""
+        average = self._averages[decay][self._places[fragment.name]].view(-1)
+        # Under ZeRO 3 the shard is all that there is.
+        start = 0 if self._engine.zero_stage == PARTITIONED else fragment.offset
+        return average[start : start + fragment.length]
 
     @torch.no_grad()
-    def load(self, decay: float, weights: dict[str, Tensor]) -> None:
-        """Takes over full averaged parameters by name."""
-        names = [name for name, _ in self._engine.module.named_parameters()]
-        for name, parameter, average in zip(
-            names, self._parameters, self._averages[decay], strict=True
-        ):
-            average.copy_(self._engine.local_part(weights[name], parameter))
+    def load(self, decay: float, run: Callable[[str, int, int], Tensor]) -> None:
+        """Takes over averages from a function of parameter name, offset and length."""
+        for name, place in self._places.items():
+            average = self._averages[decay][place]
+            sharded = self._engine.zero_stage == PARTITIONED
+            offset = distributed.get_rank() * average.numel() if sharded else 0
+            average.view(-1).copy_(run(name, offset, average.numel()))
 
     @torch.no_grad()
     def _swap(self, decay: float) -> None:

@@ -33,14 +33,20 @@ class StepDraws:
     noise_fake: list[Tensor]
 
 
-def draw_step(config: Config, lanes: range, step: int, device: torch.device) -> StepDraws:
-    """The draws of some lanes at a step: a function of (seed, purpose, step, lane) alone."""
+def draw_step(
+    config: Config, lanes: range, step: int, device: torch.device, noise_stream: int = 0
+) -> StepDraws:
+    """The draws of some lanes at a step: a function of (seed, purpose, step, lane) alone.
+
+    A run that was rolled back goes on with another noise stream, and so with other draws.
+    """
     lane_size, penalised = config.optimisation.lane_size, config.penalised_per_lane()
     channels, side = config.model.channels, config.model.resolution
     policy = config.objective.augment.policy()
 
     def streams(purpose: Purpose) -> list[np.random.Generator]:
-        return [random_stream(config.run.seed, purpose, step, lane) for lane in lanes]
+        position = (noise_stream,) if noise_stream else ()
+        return [random_stream(config.run.seed, purpose, step, lane, *position) for lane in lanes]
 
     def normal(each_lane: list[np.random.Generator], *shape: int) -> Tensor:
         parts = [lane.standard_normal(shape, dtype=np.float32) for lane in each_lane]

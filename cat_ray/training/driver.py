@@ -4,39 +4,60 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train.torch import TorchConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
 
-from cat_ray.checkpoint.read import newest, read_state
+from cat_ray.checkpoint.layout import FOLDER
+from cat_ray.checkpoint.read import newest, newest_sound, read_state
+from cat_ray.checkpoint.retain import images_of
+from cat_ray.checkpoint.write import commit_if_whole
 from cat_ray.config import Config, dump
 from cat_ray.data.index import INDEX_NAME, Index, check_fits, check_shards, read_index
 from cat_ray.data.order import Stream
 from cat_ray.data.prepare import prepare
 from cat_ray.data.stream import CPUS_PER_READ, DATASET_NAME, Due, LaneDataConfig
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
 from cat_ray.operations.identity import claim
+from cat_ray.operations.outcome import write_outcome
 from cat_ray.operations.progress import Progress
 from cat_ray.operations.report import write_report
 from cat_ray.storage import ENVIRONMENT, Location, locate
-from cat_ray.training.worker import REFUSED, work
+from cat_ray.training import elasticity
+from cat_ray.training.elasticity import (
+    ElasticTrainer,
+    GroupClock,
+    TerminationSignal,
+    told_to_user,
+)
+from cat_ray.training.faults import Fault
+from cat_ray.training.health import read_roll_backs
+from cat_ray.training.requests import ask_to_stop, forget_stop
+from cat_ray.training.worker import work
 
 RAY_FOLDER = "ray"
+COLLECTIVE_SECONDS = 1800
 
 
-def train(config: Config) -> Location:
+def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
     """Runs a job to its end, from the newest complete checkpoint if its folder has one.
+
+    Args:
+        config: the job.
+        faults: what a drill lets happen on the way.
 
     Returns:
         Where the report is.
 
     Raises:
         BadInput: something in the job, the data or the storage can't be used.
-        TrainingFailedError: training failed more often than the configuration allows.
+        Unfinished: the run was stopped, or its machines were taken away; it can go on.
+        RunFailed: training failed more often than the configuration allows.
     """
     storage = config.storage
     run = locate(config.run.folder, storage.endpoint_url, storage.region)
@@ -44,38 +65,68 @@ def train(config: Config) -> Location:
     index = _checked_index(config, shards)
     config = _at(config, run, shards)
     claim(run, config, index.digest())
-
-    batch_size = config.optimisation.batch_size
+    forget_stop(run)
 
     def still_due() -> Due:
         # Ray Train calls this in its controller whenever a worker group starts: here, and only
         # here, it is decided which checkpoint all workers go on from.
-        if (run / REFUSED).exists():
-            raise BadInput((run / REFUSED).read().decode())
-        check_shards(index, shards)
-        checkpoint = newest(run)
-        return Due(
-            stream=Stream(
-                seed=config.run.seed,
-                counts=tuple(shard.count for shard in index.shards),
-                batch_size=batch_size,
-                lanes=config.optimisation.lanes,
-            ),
-            start=read_state(checkpoint).images if checkpoint else 0,
-            stop=config.run.total_images,
-            window=max(1, config.data.window_images // batch_size) * batch_size,
-            checkpoint=checkpoint.uri if checkpoint else None,
-            index=index,
-            folder=shards,
-            num_classes=config.data.num_classes,
-        )
+        return _still_due(config, run, shards, index)
 
-    (run / REFUSED).delete()
     session = uuid.uuid4().hex[:8]
-    if still_due().start < config.run.total_images:
-        with _cluster(config), Progress(run, session, config.run.total_images):
-            _fit(config, run, session, still_due)
+    try:
+        if still_due().start < config.run.total_images:
+            with _stopping(run), _cluster(config), Progress(run, session, config.run.total_images):
+                _fit(config, run, session, still_due, faults)
+    except BadInput as error:
+        write_outcome(run, "bad input", _images(run), str(error))
+        raise
+    except Unfinished as error:
+        write_outcome(run, "unfinished", _images(run), str(error))
+        raise
+    except RunFailed as error:
+        write_outcome(run, "failed", _images(run), str(error))
+        raise
+    write_outcome(run, "finished", _images(run))
     return write_report(run)
+
+
+def _still_due(config: Config, run: Location, shards: Location, index: Index) -> Due:
+    check_shards(index, shards)
+    for folder in (run / FOLDER).folders():
+        # Whole parts whose committer was killed are a checkpoint nevertheless.
+        commit_if_whole(folder)
+    roll_backs = read_roll_backs(run)
+    if len(roll_backs) > config.health.max_rollbacks:
+        raise RunFailed(
+            f"the run was rolled back {len(roll_backs)} times, health.max_rollbacks is "
+            f"{config.health.max_rollbacks}; the last time at {roll_backs[-1].images:,} images: "
+            f"{roll_backs[-1].reason}"
+        )
+    checkpoint = newest_sound(run)
+    batch_size = config.optimisation.batch_size
+    return Due(
+        stream=Stream(
+            seed=config.run.seed,
+            counts=tuple(shard.count for shard in index.shards),
+            batch_size=batch_size,
+            lanes=config.optimisation.lanes,
+        ),
+        start=read_state(checkpoint).images if checkpoint else 0,
+        stop=config.run.total_images,
+        window=max(1, config.data.window_images // batch_size) * batch_size,
+        checkpoint=checkpoint.uri if checkpoint else None,
+        worker_group=uuid.uuid4().hex[:6],
+        began=GroupClock.began,
+        noise_stream=len(roll_backs),
+        index=index,
+        folder=shards,
+        num_classes=config.data.num_classes,
+    )
+
+
+def _images(run: Location) -> int:
+    checkpoint = newest(run)
+    return images_of(checkpoint.name) if checkpoint else 0
 
 
 def _at(config: Config, run: Location, shards: Location) -> Config:
@@ -97,14 +148,27 @@ def _checked_index(config: Config, shards: Location) -> Index:
     return index
 
 
-def _fit(config: Config, run: Location, session: str, still_due: Callable[[], Due]) -> None:
+def _fit(
+    config: Config,
+    run: Location,
+    session: str,
+    still_due: Callable[[], Due],
+    faults: Sequence[Fault],
+) -> None:
     workers = config.workers
-    trainer = TorchTrainer(
+    os.environ.update(elasticity.environment(workers.start_seconds, workers.stall_seconds))
+    trainer = ElasticTrainer(
         work,
-        train_loop_config={"config": dump(config), "session": session},
-        torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),
+        progress=lambda: _images(run),
+        capacity_seconds=workers.capacity_seconds,
+        max_preemptions=workers.max_preemptions,
+        train_loop_config={"config": dump(config), "session": session, "faults": tuple(faults)},
+        torch_config=TorchConfig(
+            backend="nccl" if workers.gpu else "gloo", timeout_s=COLLECTIVE_SECONDS
+        ),
         scaling_config=ScalingConfig(
             num_workers=(workers.minimum, workers.maximum),
+            elastic_resize_monitor_interval_s=workers.resize_check_seconds,
             use_gpu=workers.gpu,
             resources_per_worker={
                 "CPU": workers.cpus_per_worker,
@@ -116,6 +180,7 @@ def _fit(config: Config, run: Location, session: str, still_due: Callable[[], Du
             storage_path=run.path,
             storage_filesystem=run.filesystem,
             failure_config=FailureConfig(max_failures=workers.max_failures),
+            callbacks=[GroupClock(), TerminationSignal()],  # pyright: ignore[reportArgumentType]
         ),
         datasets={DATASET_NAME: still_due},  # pyright: ignore[reportArgumentType]
         dataset_config=LaneDataConfig(),
@@ -123,26 +188,38 @@ def _fit(config: Config, run: Location, session: str, still_due: Callable[[], Du
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        told = _bad_input(error)
-        if told is None:
-            raise
-        raise told from error
+        told = told_to_user(error)
+        if isinstance(told, GaveWay):
+            raise Unfinished(f"{told}; run the same command again to go on") from error
+        if told is not None:
+            raise told from error
+        raise RunFailed(f"training failed: {_last_line(error)}") from error
 
 
-def _bad_input(error: TrainingFailedError) -> BadInput | None:
-    """The message for the user that a failure carries somewhere inside, if it does."""
-    waiting: list[BaseException | None] = [error]
-    if isinstance(error, WorkerGroupError):
-        waiting.extend(error.worker_failures.values())
-    elif isinstance(error, ControllerError):
-        waiting.append(error.controller_failure)
-    while waiting:
-        inner = waiting.pop()
-        if isinstance(inner, BadInput):
-            return inner
-        if inner is not None:
-            waiting.extend([inner.__cause__, getattr(inner, "cause", None)])
-    return None
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _stopping(run: Location) -> Iterator[None]:
+    """SIGTERM and Ctrl-C make the workers save and stop; a second one ends the command at once."""
+
+    def stop(number: int, frame: object) -> None:
+        del frame
+        for known, handler in before.items():
+            signal.signal(known, handler)
+        logging.getLogger(__name__).warning(
+            "%s: saving, then stopping; once more to stop at once", signal.Signals(number).name
+        )
+        ask_to_stop(run)
+
+    before = {known: signal.signal(known, stop) for known in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for known, handler in before.items():
+            signal.signal(known, handler)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,10 @@
 """The DeepSpeed edge: a network in a ZeRO engine, its whole state out and in by parameter name."""
 
 import logging
+import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,6 +22,22 @@ def choose_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of one flattened parameter: views of its fp32 master and moments, `[length]` each."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    master: Tensor
+    moments: dict[str, Tensor]
+
+    @property
+    def length(self) -> int:
+        """Elements."""
+        return self.master.numel()
 
 
 class Engine:
@@ -71,9 +90,14 @@ class Engine:
         self._engine.backward(loss * self.world_size)
         self._engine.step()
 
-    def gradient_norm(self) -> float:
-        """The global norm of the last step's gradient, before clipping."""
-        return float(self._engine.get_global_grad_norm() or 0.0)
+    def gradient_norm(self) -> Tensor:
+        """This worker's part of the global norm of the last step's gradient, before clipping.
+
+        Every worker knows the norm: the parts add up to it, as those of the other figures do.
+        """
+        norm = self._engine.get_global_grad_norm()
+        value = torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32)
+        return value.to(self._engine.device) / self.world_size
 
     def release(self) -> None:
         """Under ZeRO 3, drops what forward passes gathered: the shards alone are the weights.
@@ -84,30 +108,26 @@ class Engine:
         if self.zero_stage == PARTITIONED:
             self._engine.empty_partition_cache()
 
-    def weights(self) -> dict[str, Tensor]:
-        """The full fp32 parameters by name, on the CPU. Every worker must call this."""
-        self.release()
-        return {name: self._full(parameter) for name, parameter in self.module.named_parameters()}
+    def fragments(self) -> list[Fragment]:
+        """What this worker holds of the optimiser's state, in the order of the parameters."""
+        named = self.module.named_parameters()
+        return [
+            f for name, parameter in named if (f := self._fragment(name, parameter)) is not None
+        ]
 
-    def moments(self) -> dict[str, Tensor]:
-        """Both Adam moments of each parameter, on the CPU. Every worker must call this."""
-        from deepspeed.utils import safe_get_full_optimizer_state
+    def own(self, fragment: Fragment) -> range:
+        """Which elements of a fragment are this worker's to save, so that all save each once."""
+        length = fragment.length
+        if self.zero_stage > 0:
+            return range(length)
+        rank = distributed.get_rank()
+        return range(length * rank // self.world_size, length * (rank + 1) // self.world_size)
 
-        found: dict[str, Tensor] = {}
-        for name, parameter in self.module.named_parameters():
-            for moment in MOMENTS:
-                if self.zero_stage == 0:
-                    value = self._engine.optimizer.state[parameter][moment]
-                else:
-                    value = safe_get_full_optimizer_state(parameter, moment)
-                found[f"{name}.{moment}"] = value.detach().cpu().clone()
-        return found
-
-    def restore(self, moments: dict[str, Tensor], steps: int, *probe: Any) -> None:
+    def restore(self, moments: Callable[[str, int, int], Tensor], steps: int, *probe: Any) -> None:
         """Puts moments and step count back into an engine made from restored weights.
 
         Args:
-            moments: as `moments` gave them.
+            moments: from `<parameter>.<moment>`, offset and length to that run of elements.
             steps: optimiser steps taken.
             probe: inputs of the network. A step on a zero loss makes the optimiser's state, which
                 DeepSpeed builds lazily; without weight decay it moves nothing.
@@ -115,39 +135,45 @@ class Engine:
         outputs = self._engine(*probe)
         first = outputs[0] if isinstance(outputs, tuple) else outputs
         self.descend((first * 0.0).sum())
-        for name, parameter in self.module.named_parameters():
-            for moment in MOMENTS:
-                self._set_moment(parameter, moment, moments[f"{name}.{moment}"])
+        for fragment in self.fragments():
+            for moment, values in fragment.moments.items():
+                name = f"{fragment.name}.{moment}"
+                values.copy_(moments(name, fragment.offset, fragment.length))
         inner = self._engine.optimizer if self.zero_stage == 0 else self._engine.optimizer.optimizer
         for state in inner.state.values():
             state["step"].fill_(steps)
 
-    def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
+    def _fragment(self, name: str, parameter: nn.Parameter) -> Fragment | None:
+        if self.zero_stage == PARTITIONED:
+            return self._partition(name, parameter)
+        shape = tuple(parameter.shape)
         if self.zero_stage == 0:
-            self._engine.optimizer.state[parameter][moment].copy_(value)
-        elif self.zero_stage < PARTITIONED:
-            safe_set_full_optimizer_state(parameter, self.local_part(value, parameter), moment)
-        else:
-            # The full form fails where a size isn't a multiple of the workers: cut it ourselves.
-            part = self.local_part(value, parameter)
-            safe_set_local_optimizer_state(parameter, part, moment)
+            state = self._engine.optimizer.state[parameter]
+            moments = {moment: state[moment].view(-1) for moment in MOMENTS}
+            return Fragment(name, shape, 0, parameter.detach().view(-1), moments)
+        # Stages 1 and 2 cut the parameters, put end to end, into a piece for each worker.
+        mapping: Any = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            return None
+        moments = {moment: mapping.get_optim_state_fragment(moment) for moment in MOMENTS}
+        start = mapping.lp_fragment_address.start
+        return Fragment(name, shape, start, mapping.get_hp_fragment(), moments)
 
-    def local_part(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
-        """This worker's part of a full tensor, shaped as it holds the parameter."""
-        own = local_values(parameter)
-        if self.zero_stage < PARTITIONED:
-            return value.to(own.device)
-        padded = torch.zeros(own.numel() * self.world_size, device=own.device)
-        padded[: value.numel()] = value.flatten()
-        return padded.view(self.world_size, -1)[distributed.get_rank()].view_as(own)
+    def _partition(self, name: str, parameter: nn.Parameter) -> Fragment | None:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-    def _full(self, parameter: nn.Parameter) -> Tensor:
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == PARTITIONED):
-            return parameter.detach().cpu().clone()
+        values: Any = safe_get_local_fp32_param(parameter)
+        shape = tuple(cast(Any, parameter).ds_shape)
+        offset = distributed.get_rank() * values.numel()
+        # The last worker's partition is padded, and where a parameter is small some have nothing.
+        length = min(values.numel(), math.prod(shape) - offset)
+        if length <= 0:
+            return None
+        moments = {
+            moment: cast(Any, safe_get_local_optimizer_state(parameter, moment)).view(-1)[:length]
+            for moment in MOMENTS
+        }
+        return Fragment(name, shape, offset, values.view(-1)[:length], moments)
 
 
 def local_values(parameter: nn.Parameter) -> Tensor:

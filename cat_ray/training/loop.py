@@ -1,4 +1,4 @@
-"""The training loop: next batch, discriminator step, generator step, average, record, save."""
+"""The training loop: next batch, both steps, average, record, save, ask whether to go on."""
 
 import torch
 
@@ -10,7 +10,11 @@ from cat_ray.training.steps import discriminator_step, generator_step
 
 
 def train(session: Session) -> None:
-    """Trains from the session's place in the stream to the end of the run."""
+    """Trains from the session's place in the stream to the end of the run.
+
+    Raises:
+        GaveWay: the worker group ends before it.
+    """
     config, adversaries = session.config, session.adversaries
     batch_size = config.optimisation.batch_size
     reuse = config.optimisation.reuse_generator_forward
@@ -18,7 +22,8 @@ def train(session: Session) -> None:
     for batch in session.batches():
         images = to_unit(torch.from_numpy(batch.images).to(session.device))
         labels = torch.from_numpy(batch.labels).to(session.device)
-        draws = draw_step(config, session.lanes, session.images // batch_size, session.device)
+        step = session.images // batch_size
+        draws = draw_step(config, session.lanes, step, session.device, session.noise_stream)
 
         with torch.set_grad_enabled(reuse):
             outputs = adversaries.generator(draws.latents, labels)
@@ -40,3 +45,5 @@ def train(session: Session) -> None:
             session.evaluate()
         if due(session.images, config.checkpoints.save_every_images, config):
             session.save()
+        session.end_step(figures)
+    session.finish()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, distributed
 
 from cat_ray.data.stream import Batch
+from cat_ray.operations.goodput import Ledger
 
 
 class Recorder:
@@ -16,11 +17,12 @@ class Recorder:
         self._device = device
         self._restart()
 
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time spent waiting for each is counted."""
+    def timed(self, batches: Iterator[Batch], ledger: Ledger) -> Iterator[Batch]:
+        """The same batches; the time spent waiting for each is counted, in the ledger as well."""
         while True:
             asked = time.perf_counter()
-            batch = next(batches, None)
+            with ledger.spending("data_wait"):
+                batch = next(batches, None)
             self._waited += time.perf_counter() - asked
             if batch is None:
                 return

@@ -5,31 +5,53 @@ Everything named here that saves, draws or evaluates is called by every worker; 
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from cat_ray.checkpoint.layout import State
-from cat_ray.checkpoint.write import drop_old, write_checkpoint
+from cat_ray.checkpoint.retain import drop_old
+from cat_ray.checkpoint.write import CheckpointWriter, Saved
 from cat_ray.config import Config, dump
 from cat_ray.data.read import read_images
 from cat_ray.data.stream import Batch, RankStream
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, GaveWay
 from cat_ray.evaluation.classifier import Reference, fit_reference, measure
 from cat_ray.evaluation.grid import stage_grid, to_png
 from cat_ray.evaluation.sampling import latents, sample_stages, to_pixels, to_unit
-from cat_ray.operations.journal import Journal
+from cat_ray.operations.goodput import Bin, Ledger
+from cat_ray.operations.journal import EVENT, Journal
+from cat_ray.operations.sample_keys import SampleKeys
 from cat_ray.operations.trackers import start_trackers
-from cat_ray.storage import locate
+from cat_ray.storage import Location, locate
+from cat_ray.training.agreement import Agreement
+from cat_ray.training.cloud_notices import cloud_source
+from cat_ray.training.elasticity import RayDrain
 from cat_ray.training.engines import choose_device
+from cat_ray.training.faults import Injector
+from cat_ray.training.giving_way import WISHES, Situation, decide
+from cat_ray.training.health import (
+    Health,
+    Limits,
+    RollBack,
+    add_roll_back,
+    after_step,
+    must_roll_back,
+    roll_back_message,
+)
+from cat_ray.training.preemption import Poller, SaveTimes
 from cat_ray.training.recorder import Recorder
-from cat_ray.training.state import make_state, state_files
+from cat_ray.training.requests import NOTICES, RESIZE, STOP, StopFile
+from cat_ray.training.state import make_state, state_slices
+from cat_ray.training.watchdog import Watchdog, end_process
 from cat_ray.versions import versions
 
 GRIDS = "grids"
 GRID_ROWS = 4
 GRID_COLUMNS = 10
 REFERENCE_IMAGES = 5000
+DRAIN_POLL_SECONDS = 0.5
 
 
 def due(images: int, every_images: int, config: Config) -> bool:
@@ -39,18 +61,29 @@ def due(images: int, every_images: int, config: Config) -> bool:
 
 
 class Session:
-    """From the start of a worker group to its end, as one worker sees it."""
+    """From the start of a worker group to its end, as one worker sees it; a context manager."""
 
-    def __init__(self, config: Config, stream: RankStream, name: str):
+    def __init__(self, config: Config, stream: RankStream, name: str, injector: Injector):
         self.config = config
         self.lanes = stream.lanes
         self.images = stream.due.start
+        self.noise_stream = stream.due.noise_stream
         self.device = choose_device()
         self._stream = stream
+        self._injector = injector
         self._run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
         self._broken = 0
         self._reference: Reference | None = None
+        self._health = Health()
+        self._limits = Limits(**config.health.model_dump(exclude={"max_rollbacks"}))
+        self._saved_images = self.images
+        self._times = SaveTimes(None, None)
 
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        group = stream.due.worker_group
+        self._ledger = Ledger(
+            self._run, group, rank, world_size, self.images, began=stream.due.began
+        )
         checkpoint = stream.due.checkpoint
         storage = config.storage
         self._state = make_state(
@@ -60,16 +93,80 @@ class Session:
         )
         self.adversaries = self._state.adversaries
         self.averages = self._state.averages
-        self._first = distributed.get_rank() == 0
-        self._journal = self._open_journal(name) if self._first else None
+        self._agreement = Agreement()
+        self._writer = CheckpointWriter(
+            self._run,
+            group,
+            rank,
+            world_size,
+            config.checkpoints.pending_saves,
+            config.checkpoints.retry_seconds,
+            config.checkpoints.local_folder,
+            committed=self._committed,
+        )
+        self._watchdog = Watchdog(config.workers.stall_seconds, end_process(self._run, rank))
+        self._journal = self._open_journal(name) if rank == 0 else None
+        self._keys = SampleKeys(self._run, group, rank) if config.reporting.sample_keys else None
         self.recorder = Recorder(self.device)
+        self._around = ExitStack()
+
+    def __enter__(self) -> "Session":
+        self._around.enter_context(self._watchdog)
+        for source, seconds in self._notice_sources():
+            self._around.enter_context(Poller(source, NOTICES, seconds))
+        if self._journal is not None:
+            self._around.enter_context(StopFile(self._run))
+            self._journal.append(EVENT, self.images, message=self._told_start())
         if self.images == 0:
             self.draw_grid()
             self.evaluate()
+        self._ledger.started()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        outcome = "finished" if kind is None else "yielded" if kind is GaveWay else "failed"
+        self._writer.give_up()
+        self._ledger.close(self.images, outcome)
+        if self._keys is not None:
+            self._keys.close()
+        if self._journal is not None:
+            self._journal.close()
+        self._around.close()
 
     def batches(self) -> Iterator[Batch]:
         """This worker's part of every batch still due."""
-        return self.recorder.timed(self._stream.batches())
+        for batch in self.recorder.timed(self._stream.batches(), self._ledger):
+            if self._keys is not None:
+                self._keys.add(self.images, self.lanes, batch.keys)
+            yield batch
+
+    def end_step(self, figures: dict[str, Tensor]) -> None:
+        """Agrees with the other workers whether to go on.
+
+        Raises:
+            GaveWay: the group is to end here, and has saved what there was time for.
+        """
+        self._watchdog.beat()
+        self._injector.strike(self.images, self._writer)
+        wishes = (NOTICES.current() is not None, STOP.is_set(), RESIZE.is_set())
+        last, wanted = self._agreement.after_step(figures, wishes)
+        self._judge(last)
+        for cause, wish in zip(WISHES, wanted, strict=True):
+            if wish:
+                self._give_way(cause)
+
+    def finish(self) -> None:
+        """Waits until the last save is complete, for all workers.
+
+        Raises:
+            GaveWay: the last steps were bad, and the run goes back.
+        """
+        self._judge(self._agreement.settle())
+        if self._health.bad:
+            self._roll_back()
+        with self._aside("save_stall"):
+            self._note_saves(self._writer.wait())
+            self._agreement.barrier()
 
     def record(self) -> None:
         """Writes the figures since the last line.
@@ -79,8 +176,6 @@ class Session:
         """
         config = self.config
         values, broken = self.recorder.collect(config.optimisation.batch_size)
-        values["generator_gradient_norm"] = self.adversaries.generator.gradient_norm()
-        values["discriminator_gradient_norm"] = self.adversaries.discriminator.gradient_norm()
         self._broken += len(broken)
         left = config.run.total_images - self.images
         if self._journal is not None:
@@ -96,6 +191,8 @@ class Session:
             )
             if broken:
                 self._journal.append("broken", self.images, samples=broken)
+        self._note_saves(self._writer.finished())
+        self._ledger.note(self.images)
         if self._broken > config.data.max_broken_samples:
             raise BadInput(
                 f"{self._broken} broken samples are more than data.max_broken_samples "
@@ -104,64 +201,116 @@ class Session:
 
     def draw_grid(self) -> None:
         """Draws the fixed latents' samples at every stage, side by side."""
-        started = time.perf_counter()
-        columns = min(self.config.data.num_classes, GRID_COLUMNS)
-        count = columns * GRID_ROWS
-        labels = torch.arange(count) % columns
-        outputs = self._sample(range(count), labels)
-        if self._journal is not None:
-            picture = to_png(stage_grid(outputs, columns))
-            (self._run / GRIDS / f"images-{self.images:012d}.png").write(picture)
-        self._pause(started)
+        with self._aside("evaluation"):
+            columns = min(self.config.data.num_classes, GRID_COLUMNS)
+            count = columns * GRID_ROWS
+            labels = torch.arange(count) % columns
+            outputs = self._sample(range(count), labels)
+            if self._journal is not None:
+                picture = to_png(stage_grid(outputs, columns))
+                (self._run / GRIDS / f"images-{self.images:012d}.png").write(picture)
 
     def evaluate(self) -> None:
         """Measures averaged samples against the real images, as the protocol says."""
         evaluation = self.config.evaluation
         if evaluation.protocol == "none":
             return
-        started = time.perf_counter()
-        world_size, rank = distributed.get_world_size(), distributed.get_rank()
-        # Every worker makes equally many: under ZeRO 3 their forward passes go together.
-        each = -(-evaluation.samples // world_size)
-        own = [(rank * each + place) % evaluation.samples for place in range(each)]
-        labels = torch.arange(evaluation.samples) % self.config.data.num_classes
-        pixels = to_pixels(self._sample(own, labels[own])[-1]).to(self.device)
-        parts = [torch.empty_like(pixels) for _ in range(world_size)]
-        distributed.all_gather(parts, pixels)
-        if self._journal is not None:
-            samples = to_unit(torch.cat(parts)[: evaluation.samples].cpu()).flatten(1).numpy()
-            figures = measure(self._fitted_reference(), samples, labels.numpy())
-            self._journal.append("evaluation", self.images, samples=evaluation.samples, **figures)
-        distributed.barrier()
-        self._pause(started)
+        with self._aside("evaluation"):
+            world_size, rank = distributed.get_world_size(), distributed.get_rank()
+            # Every worker makes equally many: under ZeRO 3 their forward passes go together.
+            each = -(-evaluation.samples // world_size)
+            own = [(rank * each + place) % evaluation.samples for place in range(each)]
+            labels = torch.arange(evaluation.samples) % self.config.data.num_classes
+            pixels = to_pixels(self._sample(own, labels[own])[-1]).to(self.device)
+            parts = [torch.empty_like(pixels) for _ in range(world_size)]
+            distributed.all_gather(parts, pixels)
+            if self._journal is not None:
+                samples = to_unit(torch.cat(parts)[: evaluation.samples].cpu()).flatten(1).numpy()
+                figures = measure(self._fitted_reference(), samples, labels.numpy())
+                self._journal.append(
+                    "evaluation", self.images, samples=evaluation.samples, **figures
+                )
+            self._agreement.barrier()
 
     def save(self) -> None:
-        """Writes a checkpoint of everything and drops those that are too old."""
-        started = time.perf_counter()
-        files = state_files(self._state)
-        if self._journal is None:
-            for _ in files:
-                continue
-        else:
+        """Begins to save everything; a state after bad steps is not saved."""
+        if self._saved_images == self.images:
+            return
+        self._judge(self._agreement.settle())
+        if self._health.bad:
+            return
+        with self._aside("save_stall"):
             state = State(
                 images=self.images,
+                noise_stream=self.noise_stream,
                 data_digest=self._stream.due.index.digest(),
                 config=dump(self.config),
                 versions=versions(),
             )
-            checkpoint = write_checkpoint(self._run, state, files)
-            drop_old(self._run, self.config.checkpoints.keep)
-            seconds = time.perf_counter() - started
-            self._journal.append(
-                "checkpoint", self.images, location=checkpoint.uri, seconds=seconds
-            )
-        distributed.barrier()
-        self._pause(started)
+            self._writer.save(state, state_slices(self._state))
+        self._saved_images = self.images
+        self._ledger.note(self.images)
 
-    def close(self) -> None:
-        """Ends the run's files."""
+    def _judge(self, figures: dict[str, float] | None) -> None:
+        if figures is None:
+            return
+        self._health = after_step(self._health, figures, self._limits)
+        if must_roll_back(self._health, self._limits):
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        self._note_saves(self._writer.wait())
+        self._agreement.barrier()
+        to_images = self._saved_images
+        told = roll_back_message(self._health, self.images, to_images, self.noise_stream + 1)
         if self._journal is not None:
-            self._journal.close()
+            reason = self._health.reason or ""
+            add_roll_back(self._run, RollBack(self.images, to_images, reason))
+            self._journal.append(EVENT, self.images, message=told)
+        self._agreement.barrier()
+        raise GaveWay("roll-back", told)
+
+    def _give_way(self, cause: str) -> None:
+        situation = Situation(NOTICES.current(), self._times)
+        situations = self._agreement.gather(situation)
+        margin = self.config.preemption.margin
+        # One clock decides for all.
+        choice, told = self._agreement.gather(decide(situations, cause, margin, time.time()))[0]
+        if self._journal is not None:
+            self._journal.append(EVENT, self.images, message=told)
+        if choice.kind == "storage":
+            self.save()
+            self.finish()
+        raise GaveWay(cause, told)
+
+    def _note_saves(self, saves: list[Saved]) -> None:
+        for saved in saves:
+            self._times = SaveTimes(saved.local_seconds, saved.storage_seconds)
+            if self._journal is not None:
+                self._journal.append(
+                    "checkpoint",
+                    saved.images,
+                    location=saved.location.uri,
+                    seconds=saved.storage_seconds,
+                    stall_seconds=saved.stall_seconds,
+                )
+
+    def _told_start(self) -> str:
+        due, workers = self._stream.due, distributed.get_world_size()
+        place = f"the checkpoint at {due.start:,} images" if due.checkpoint else "the beginning"
+        plural = "s" if workers > 1 else ""
+        return f"worker group {due.worker_group}, {workers} worker{plural}, starts from {place}"
+
+    def _committed(self, checkpoint: Location) -> None:
+        del checkpoint
+        keep = self.config.checkpoints
+        drop_old(self._run, keep.keep, keep.keep_every_images)
+
+    def _notice_sources(self) -> Iterator[tuple]:
+        yield RayDrain(distributed.get_rank()), DRAIN_POLL_SECONDS
+        asked = self.config.preemption
+        if asked.cloud is not None:
+            yield cloud_source(asked.cloud, asked.metadata_url), asked.poll_seconds
 
     def _open_journal(self, name: str) -> Journal:
         trackers = start_trackers(self.config.reporting.trackers, self._run)
@@ -181,5 +330,10 @@ class Session:
             self._reference = fit_reference(pixels, labels)
         return self._reference
 
-    def _pause(self, started: float) -> None:
+    @contextmanager
+    def _aside(self, bin: Bin) -> Iterator[None]:
+        """For what is no step: the watchdog rests, and the rate of images leaves it out."""
+        started = time.perf_counter()
+        with self._ledger.spending(bin), self._watchdog.resting():
+            yield
         self.recorder.pause(time.perf_counter() - started)

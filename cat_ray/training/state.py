@@ -3,14 +3,15 @@
 What is not here is a function of the seed and the images seen.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cat_ray.checkpoint import layout
-from cat_ray.checkpoint.read import read_state, read_tensors
+from cat_ray.checkpoint.read import CheckpointReader
+from cat_ray.checkpoint.write import Slice
 from cat_ray.config import Config
 from cat_ray.model.build import build_discriminator, build_generator
 from cat_ray.objective.alignment import load_teacher
@@ -36,10 +37,11 @@ def make_state(config: Config, device: torch.device, checkpoint: Location | None
     generator = build_generator(config, dtype).to(device)
     torch.manual_seed(_initial_seed(config, 1))
     discriminator = build_discriminator(config, dtype).to(device)
-    if checkpoint is not None:
+    reader = CheckpointReader(checkpoint) if checkpoint is not None else None
+    if reader is not None:
         # Before the engines are made: their fp32 masters are copies of these.
-        generator.load_state_dict(read_tensors(checkpoint, layout.GENERATOR))
-        discriminator.load_state_dict(read_tensors(checkpoint, layout.DISCRIMINATOR))
+        generator.load_state_dict(reader.tensors(layout.GENERATOR))
+        discriminator.load_state_dict(reader.tensors(layout.DISCRIMINATOR))
     alignment, teacher = config.objective.alignment, None
     if alignment.weight:
         teacher = load_teacher(alignment.teacher, alignment.teacher_width).to(device)
@@ -62,25 +64,50 @@ def make_state(config: Config, device: torch.device, checkpoint: Location | None
     state = TrainingState(
         adversaries, Averages(adversaries.generator, config.optimisation.ema_decays)
     )
-    if checkpoint is not None:
-        _restore(state, checkpoint, device)
+    if reader is not None:
+        _restore(state, reader, device)
     return state
 
 
-def state_files(state: TrainingState) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """A checkpoint's files and their tensors, one after the other. Every worker must go through."""
-    generator, discriminator = state.adversaries.generator, state.adversaries.discriminator
-    yield layout.GENERATOR, generator.weights()
-    yield layout.GENERATOR_MOMENTS, generator.moments()
-    yield layout.DISCRIMINATOR, discriminator.weights()
-    yield layout.DISCRIMINATOR_MOMENTS, discriminator.moments()
-    for decay in state.adversaries.config.optimisation.ema_decays:
-        yield layout.average_file(decay), state.averages.weights(decay)
+def state_slices(state: TrainingState) -> list[Slice]:
+    """What this worker saves of the state: all workers' slices together hold each element once.
+
+    The values are views: the next step changes them.
+    """
+    adversaries, averages = state.adversaries, state.averages
+    slices: list[Slice] = []
+    for engine, weights, moments in (
+        (adversaries.generator, layout.GENERATOR, layout.GENERATOR_MOMENTS),
+        (adversaries.discriminator, layout.DISCRIMINATOR, layout.DISCRIMINATOR_MOMENTS),
+    ):
+        engine.release()
+        for fragment in engine.fragments():
+            held = {(weights, fragment.name): fragment.master}
+            for moment, values in fragment.moments.items():
+                held[moments, f"{fragment.name}.{moment}"] = values
+            if engine is adversaries.generator:
+                for decay in averages.decays:
+                    held[layout.average_group(decay), fragment.name] = averages.fragment(
+                        decay, fragment
+                    )
+            own = engine.own(fragment)
+            slices += [
+                Slice(
+                    group,
+                    name,
+                    fragment.shape,
+                    fragment.offset + own.start,
+                    values[own.start : own.stop],
+                )
+                for (group, name), values in held.items()
+                if own
+            ]
+    return slices
 
 
-def _restore(state: TrainingState, checkpoint: Location, device: torch.device) -> None:
+def _restore(state: TrainingState, reader: CheckpointReader, device: torch.device) -> None:
     config = state.adversaries.config
-    steps = read_state(checkpoint).images // config.optimisation.batch_size
+    steps = reader.state.images // config.optimisation.batch_size
     label = torch.zeros(1, dtype=torch.long, device=device)
     latent = torch.zeros(1, config.model.generator.latent_width, device=device)
     pyramid = [
@@ -89,13 +116,13 @@ def _restore(state: TrainingState, checkpoint: Location, device: torch.device) -
     ]
     aligned_rows = 1 if state.adversaries.teacher else 0
     state.adversaries.generator.restore(
-        read_tensors(checkpoint, layout.GENERATOR_MOMENTS), steps, latent, label
+        partial(reader.run, layout.GENERATOR_MOMENTS), steps, latent, label
     )
     state.adversaries.discriminator.restore(
-        read_tensors(checkpoint, layout.DISCRIMINATOR_MOMENTS), steps, pyramid, label, aligned_rows
+        partial(reader.run, layout.DISCRIMINATOR_MOMENTS), steps, pyramid, label, aligned_rows
     )
     for decay in config.optimisation.ema_decays:
-        state.averages.load(decay, read_tensors(checkpoint, layout.average_file(decay)))
+        state.averages.load(decay, partial(reader.run, layout.average_group(decay)))
 
 
 def _initial_seed(config: Config, network: int) -> int:

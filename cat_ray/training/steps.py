@@ -80,6 +80,7 @@ def discriminator_step(
     figures["fake_logit"] = fake_logits.mean(dim=1).sum() / batch
     figures["d_accuracy"] = (real_logits > fake_logits).float().mean(dim=1).sum() / batch
     engine.descend(loss)
+    figures["discriminator_gradient_norm"] = engine.gradient_norm()
     return {name: value.detach() for name, value in figures.items()}
 
 
@@ -107,4 +108,8 @@ def generator_step(
     loss = adversarial + tied.weight * agreement
     adversaries.generator.descend(loss)
     judge.requires_grad_(True)
-    return {"g_loss": adversarial.detach(), "consistency": agreement.detach()}
+    return {
+        "g_loss": adversarial.detach(),
+        "consistency": agreement.detach(),
+        "generator_gradient_norm": adversaries.generator.gradient_norm(),
+    }

@@ -7,32 +7,25 @@ import torch
 
 from cat_ray.config import parse
 from cat_ray.data.stream import DATASET_NAME, RankStream
-from cat_ray.errors import BadInput
 from cat_ray.storage import locate
+from cat_ray.training.faults import Injector
 from cat_ray.training.loop import train
 from cat_ray.training.session import Session
-
-REFUSED = "refused.txt"
 
 
 def work(settings: dict[str, Any]) -> None:
     """Sets up this worker's session and trains to the end of the run.
 
     Args:
-        settings: `config`, the resolved configuration as YAML, and `session`, the name of this
-            call of the driver.
+        settings: `config`, the resolved configuration as YAML, `session`, the name of this call of
+            the driver, and `faults`, those of a drill.
     """
     stream: Any = ray.train.get_dataset_shard(DATASET_NAME)
     assert isinstance(stream, RankStream)
     config = parse(settings["config"], "config")
     # A sum's rounding depends on the number of threads: it is the job's, not the machine's.
     torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
-    try:
-        session = Session(config, stream, settings["session"])
+    run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
+    injector = Injector(run, settings["faults"], ray.train.get_context().get_world_rank())
+    with Session(config, stream, settings["session"], injector) as session:
         train(session)
-        session.close()
-    except BadInput as error:
-        # Another try would meet the same: the driver reads this before it starts one.
-        place = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
-        (place / REFUSED).write(str(error).encode())
-        raise

@@ -9,13 +9,13 @@ import torch
 from torch import distributed, nn
 
 from cat_ray.checkpoint.layout import State
-from cat_ray.checkpoint.write import write_checkpoint
-from cat_ray.config import Config, parse
-from cat_ray.storage import locate
+from cat_ray.checkpoint.write import CheckpointWriter
+from cat_ray.config import Config, dump, parse
+from cat_ray.storage import Location, locate
 from cat_ray.training.draws import draw_step
 from cat_ray.training.engines import local_values
 from cat_ray.training.lanes import share
-from cat_ray.training.state import TrainingState, make_state, state_files
+from cat_ray.training.state import TrainingState, make_state, state_slices
 from cat_ray.training.steps import discriminator_step, generator_step
 
 CPU = torch.device("cpu")
@@ -56,6 +56,16 @@ def differs(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
     return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def save(state: TrainingState, run: Location, images: int) -> None:
+    """All processes save; on return the checkpoint is complete."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    writer = CheckpointWriter(run, "group", rank, world_size)
+    config = dump(state.adversaries.config)
+    writer.save(State(images, 0, "", config, {}), state_slices(state))
+    writer.wait()
+    distributed.barrier()
+
+
 def main() -> None:
     folder, steps, stages = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
     start_from = sys.argv[4] if len(sys.argv) > 4 else None
@@ -75,14 +85,10 @@ def main() -> None:
             step(state, config, batches["images"][at], batches["labels"][at], at)
             for at in range(first, first + steps)
         ]
-        files = list(state_files(state))
+        name = f"{'resumed-' if start_from else ''}{distributed.get_world_size()}-zero{stage}"
+        save(state, locate(str(folder / name)), (first + steps) * config.optimisation.batch_size)
         if distributed.get_rank() == 0:
-            name = f"{'resumed-' if start_from else ''}{distributed.get_world_size()}-zero{stage}"
-            batch = config.optimisation.batch_size
-            whole = State((first + steps) * batch, "", text, {})
-            write_checkpoint(locate(str(folder / name)), whole, files)
             (folder / f"{name}.json").write_text(json.dumps(leaks))
-        distributed.barrier()
     distributed.destroy_process_group()
 
 

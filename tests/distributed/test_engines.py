@@ -49,10 +49,13 @@ class PlainEngine:
     def __call__(self, *inputs):
         return self.module(*inputs)
 
+    def gradient_norm(self) -> Tensor:
+        return self.norm
+
     def descend(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        self.norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -96,7 +99,7 @@ def engine_training(folder: Path, decay: float) -> dict[str, Tensor]:
     parts = {
         "generator": layout.GENERATOR,
         "discriminator": layout.DISCRIMINATOR,
-        "average": layout.average_file(decay),
+        "average": layout.average_group(decay),
     }
     return {
         f"{part}.{name}": value

@@ -1,0 +1,41 @@
+"""`outcome.json`: how the last call that trained a run ended, for scripts and schedulers.
+
+Ray's own job command turns every failure into exit code 1; this file keeps the difference.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from cat_ray.storage import Location
+
+OUTCOME = "outcome.json"
+EXIT_CODES = {"finished": 0, "failed": 1, "bad input": 2, "unfinished": 75}
+
+End = Literal["finished", "failed", "bad input", "unfinished"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended.
+
+    Attributes:
+        outcome: `unfinished` means that the same command goes on from a good checkpoint.
+        images: images seen at the newest complete checkpoint.
+        message: what was said to the user, empty if all went well.
+        exit_code: the command's.
+        time: unix time.
+    """
+
+    outcome: End
+    images: int
+    message: str
+    exit_code: int
+    time: float
+
+
+def write_outcome(run: Location, outcome: End, images: int, message: str = "") -> None:
+    """Writes the file anew."""
+    ended = Outcome(outcome, images, message, EXIT_CODES[outcome], time.time())
+    (run / OUTCOME).write(json.dumps(asdict(ended), indent=1).encode())

@@ -1,0 +1,71 @@
+"""What all workers find out together after each step, by one small sum on the CPU."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+T = TypeVar("T")
+
+
+class Agreement:
+    """Adds up figures and wishes over the workers; every worker must call each method.
+
+    Figures come one step late: their way from a GPU to the CPU is begun in their own step and
+    asked for in the next, so that no step waits for the device.
+    """
+
+    def __init__(self) -> None:
+        on_cpu = distributed.get_backend() == "gloo"
+        self._group = None if on_cpu else distributed.new_group(backend="gloo")
+        self._names: list[str] = []
+        self._coming: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def after_step(
+        self, figures: dict[str, Tensor], wishes: Sequence[bool]
+    ) -> tuple[dict[str, float] | None, list[bool]]:
+        """The figures of the step before, if there was one, and which wishes any worker has now.
+
+        Args:
+            figures: this worker's parts of the batch's means in the step that has ended.
+            wishes: what this worker wants all of them to do.
+        """
+        last, held = self._sum([float(wish) for wish in wishes])
+        self._names = list(figures)
+        values = torch.stack([figures[name].detach().float() for name in self._names])
+        self._coming = torch.empty(len(values), pin_memory=values.is_cuda)
+        self._coming.copy_(values, non_blocking=True)
+        if values.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        return last, [value > 0 for value in held]
+
+    def settle(self) -> dict[str, float] | None:
+        """The figures that are still to come, waiting for them; None if there are none."""
+        last, _ = self._sum([])
+        self._coming = None
+        return last
+
+    def gather(self, value: T) -> list[T]:
+        """Every worker's value, by rank."""
+        values: list[T | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(values, value, group=self._group)
+        return values  # pyright: ignore[reportReturnType]
+
+    def barrier(self) -> None:
+        """Waits for all workers."""
+        distributed.barrier(group=self._group)
+
+    def _sum(self, wishes: list[float]) -> tuple[dict[str, float] | None, list[float]]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        late = self._coming if self._coming is not None else torch.empty(0)
+        packed = torch.cat([late, torch.tensor(wishes)])
+        if not len(packed):
+            return None, []
+        distributed.all_reduce(packed, group=self._group)
+        values = packed.tolist()
+        figures = dict(zip(self._names, values[: len(late)], strict=True)) if len(late) else None
+        return figures, values[len(late) :]

@@ -1,0 +1,232 @@
+"""What Ray Train's elasticity leaves out; the only place that reaches into its internals.
+
+Ray Train counts nodes from a view that is up to 20 s old, ends a healthy group without a word when
+it resizes it, and charges a group that gave way by itself to the failures. Here it looks anew at
+every decision, leaves draining nodes out, asks the group to save before it is resized, and charges
+each end to the right budget.
+"""
+
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import WorkerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+
+from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
+from cat_ray.training.preemption import Notice
+from cat_ray.training.requests import NOTICES, ask_to_resize
+
+ANSWER_SECONDS = 5.0
+
+
+def environment(start_seconds: float, stall_seconds: float) -> dict[str, str]:
+    """What Ray Train reads in the driver, and hands on to its controller and workers."""
+    return {
+        # A failed worker is noticed within this time, and each worker is asked as often.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(stall_seconds),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(start_seconds),
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    }
+
+
+def told_to_user(error: BaseException) -> BaseException | None:
+    """What a failure says to the user somewhere inside, if it does: bad input or giving way."""
+    waiting: list[BaseException | None] = [error]
+    if isinstance(error, WorkerGroupError):
+        waiting.extend(error.worker_failures.values())
+    elif isinstance(error, ControllerError):
+        waiting.append(error.controller_failure)
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, (BadInput, GaveWay, RunFailed, Unfinished)):
+            return inner
+        if inner is not None:
+            waiting.extend([inner.__cause__, getattr(inner, "cause", None)])
+    return None
+
+
+class ElasticTrainer(TorchTrainer):
+    """Ray Train's trainer with our two policies.
+
+    Args:
+        progress: images at the newest checkpoint: failures before it are forgiven.
+        capacity_seconds: see the configuration; as the next one.
+        max_preemptions: likewise.
+        arguments: of `TorchTrainer`.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        progress: Callable[[], int],
+        capacity_seconds: float | None,
+        max_preemptions: int | None,
+        **named: Any,
+    ):
+        super().__init__(*arguments, **named)
+        self._progress = progress
+        self._capacity_seconds = capacity_seconds
+        self._max_preemptions = max_preemptions
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        parts["scaling_policy"] = Scaling(self.scaling_config, self._capacity_seconds)
+        parts["failure_policy"] = Budgets(
+            self.run_config.failure_config, self._progress, self._max_preemptions
+        )
+        return super()._initialize_and_run_controller(**parts)
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        # The driver's own handlers stop a run with a checkpoint.
+        del controller
+
+
+class Scaling(ElasticScalingPolicy):
+    """Counts nodes as they are now, without those that are about to go; resizes with a save."""
+
+    def __init__(self, scaling_config: Any, capacity_seconds: float | None):
+        super().__init__(scaling_config)
+        self._capacity_seconds = capacity_seconds
+        self._waiting_since: float | None = None
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """How many workers to start now.
+
+        Raises:
+            Unfinished: there were too few for as long as the configuration waits.
+        """
+        decision = super().make_decision_for_non_running_worker_group()
+        if isinstance(decision, ResizeDecision):
+            self._waiting_since = None
+            return decision
+        now = time.monotonic()
+        self._waiting_since = self._waiting_since or now
+        waited = now - self._waiting_since
+        if self._capacity_seconds is not None and waited > self._capacity_seconds:
+            raise Unfinished(
+                f"there were too few nodes for workers.minimum {self.scaling_config.min_workers} "
+                f"for {waited:.0f} s: run the same command again when there are more"
+            )
+        return decision
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        """Never ends a group: asks its workers to save and give way instead."""
+        decision = super().make_decision_for_running_worker_group(
+            worker_group_state, worker_group_status
+        )
+        if isinstance(decision, ResizeDecision):
+            for worker in worker_group_state.workers:
+                worker.actor.execute.remote(ask_to_resize)
+        return NoopDecision()
+
+    def _get_reserved_resources(self) -> Any:
+        now = time.monotonic()
+        waited = now - self._latest_reserved_resources_query_time
+        if waited >= self.GET_RESERVED_RESOURCES_INTERVAL_S:
+            self._latest_reserved_resources_query_time = now
+            self._latest_reserved_resources = self._usable()
+        return self._latest_reserved_resources
+
+    def _usable(self) -> dict[str, dict[str, float]] | None:
+        draining = ray._private.state.state.get_draining_nodes()  # pyright: ignore
+        if draining:
+            return {
+                node["NodeID"]: node["Resources"]
+                for node in ray.nodes()
+                if node["Alive"] and node["NodeID"] not in draining
+            }
+        recompute = True
+        try:
+            return ray.get(
+                self._autoscaling_coordinator.get_reserved_resources.remote(
+                    self._requester_id, recompute
+                ),
+                timeout=ANSWER_SECONDS,
+            )
+        except ray.exceptions.GetTimeoutError:
+            return None
+
+
+class Budgets(DefaultFailurePolicy):
+    """Which ends of a worker group the run survives, and how many of each."""
+
+    def __init__(
+        self, failure_config: Any, progress: Callable[[], int], max_preemptions: int | None
+    ):
+        super().__init__(failure_config)
+        self._progress = progress
+        self._max_preemptions = max_preemptions
+        self._images_at_failure = 0
+        self._gave_way_to_preemption = 0
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Goes on after giving way; failures count only until the next checkpoint."""
+        told = told_to_user(training_failed_error)
+        if isinstance(told, (BadInput, RunFailed, Unfinished)):
+            return FailureDecision.RAISE
+        if isinstance(training_failed_error, WorkerGroupError):
+            failures = training_failed_error.worker_failures.values()
+            if isinstance(told, GaveWay) and all(isinstance(f, GaveWay) for f in failures):
+                return self._after_giving_way(told)
+            images = self._progress()
+            if images > self._images_at_failure:
+                self._images_at_failure, self._worker_group_failures = images, 0
+        return super().make_decision(training_failed_error)
+
+    def _after_giving_way(self, end: GaveWay) -> FailureDecision:
+        if end.cause == "stop":
+            return FailureDecision.RAISE
+        if end.cause == "preemption":
+            self._gave_way_to_preemption += 1
+            limit = self._max_preemptions
+            if limit is not None and self._gave_way_to_preemption > limit:
+                return FailureDecision.RAISE
+        return FailureDecision.RETRY
+
+
+class GroupClock(WorkerGroupCallback):
+    """Knows, in the controller, when the start of the present worker group began."""
+
+    began = 0.0
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """See Ray Train."""
+        del worker_group_context
+        GroupClock.began = time.time()
+
+
+class TerminationSignal(WorkerCallback):
+    """Makes of a SIGTERM to a worker process a notice instead of its end."""
+
+    def after_init_train_context(self) -> None:
+        """See Ray Train, which calls this in the process's main thread."""
+        signal.signal(signal.SIGTERM, lambda *_: NOTICES.post(Notice("SIGTERM", None)))
+
+
+class RayDrain:
+    """Asks what Ray Train was told of a drain of this worker's node."""
+
+    def __init__(self, rank: int):
+        self._rank = rank
+
+    def poll(self) -> Notice | None:
+        """The drain as a notice, or None."""
+        info = get_train_context().preemption_context.preemption_info
+        if info is None or self._rank not in info.preempted_ranks:
+            return None
+        deadline = info.deadline_ms / 1000 if info.deadline_ms else None
+        return Notice("Ray drains this node", deadline)
