@@ -38,6 +38,8 @@ Checkpoint = Annotated[
     typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or a run's for its newest."),
 ]
 
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
+
 
 @app.command()
 def train(job: Job, overrides: Overrides = None) -> None:
@@ -117,8 +119,70 @@ def inspect(checkpoint: Checkpoint, endpoint_url: Endpoint = None) -> None:
 
 
 @app.command()
+def cost(
+    run: RunFolder,
+    endpoint_url: Endpoint = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Show where every worker-second of a run went, and what it cost."""
+    with _speaking_plainly():
+        from cat_ray.operations.cost import cost_table, summarise, to_json
+        from cat_ray.operations.goodput import read_ledger
+        from cat_ray.operations.identity import CONFIG_NAME
+
+        place = _existing_run(locate(run, endpoint_url))
+        prices = configuration.parse((place / CONFIG_NAME).read().decode(), place.uri).cost
+        rates = prices.spot_per_gpu_hour, prices.on_demand_per_gpu_hour
+        summary = summarise(read_ledger(place))
+        if as_json:
+            typer.echo(to_json(summary, *rates))
+        else:
+            Console().print(cost_table(summary, *rates))
+
+
+@app.command()
+def drill(
+    job: Job,
+    schedule: Annotated[
+        str, typer.Option(help="Faults as kind@images[:rank]; one of each kind without this.")
+    ] = "",
+    overrides: Overrides = None,
+) -> None:
+    """Train a job with faults put in on purpose; pass or fail, promise by promise.
+
+    Kinds: raise, kill, stop (SIGSTOP), refuse (uploads), truncate (the newest checkpoint), and for
+    nodes drain, remove, add.
+    """
+    with _speaking_plainly():
+        from cat_ray.operations.drill import default_schedule, drill_tables
+        from cat_ray.operations.drill import drill as run_drill
+        from cat_ray.training.faults import parse_schedule
+
+        config = configuration.load(job, overrides or ())
+        faults = parse_schedule(schedule) if schedule else default_schedule(config)
+        found = run_drill(config, faults)
+        for table in drill_tables(found):
+            Console().print(table)
+        if not found.passed:
+            raise typer.Exit(1)
+
+
+@app.command("verify-resume")
+def verify_resume(job: Job, overrides: Overrides = None) -> None:
+    """Train a job's first steps undisturbed, killed and resized; compare what comes out."""
+    with _speaking_plainly():
+        from cat_ray.operations.verify_resume import comparison_table
+        from cat_ray.operations.verify_resume import verify_resume as compare
+
+        compared = compare(configuration.load(job, overrides or ()))
+        Console().print(comparison_table(compared))
+        if not all(row.same for row in compared):
+            raise typer.Exit(1)
+
+
+@app.command()
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: RunFolder,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Write report.html into a run's folder, from what the run has written so far."""

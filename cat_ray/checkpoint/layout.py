@@ -1,4 +1,4 @@
-"""What a checkpoint is on storage: slices in safetensors, `state.json`, and a manifest written last.
+"""What a checkpoint is on storage: slices in safetensors, `state.json`, a manifest written last.
 
     checkpoints/images-000012800000-3f9a1c/
         generator.00-of-02.safetensors   flat fp32 slices by parameter name; other groups likewise

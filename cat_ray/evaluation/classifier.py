@@ -8,12 +8,15 @@ is comparable with an Inception FID, and it does not bear that name.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sklearn.svm import SVC
 
 from cat_ray.evaluation.distance import frechet_distance, moments
+
+if TYPE_CHECKING:
+    from sklearn.svm import SVC
 
 HELD_OUT_SHARE = 0.2
 REGULARISATION = 10.0
@@ -36,13 +39,16 @@ class Reference:
 
     pixels: np.ndarray
     labels: np.ndarray
-    classifier: SVC
+    classifier: "SVC"
     held_out_accuracy: float
     components: np.ndarray
 
 
 def fit_reference(pixels: np.ndarray, labels: np.ndarray) -> Reference:
     """Fits the classifier and the components to real images `[N, d]` of classes `[N]`."""
+    # Imported here: a worker that is to start fast must not wait for it.
+    from sklearn.svm import SVC
+
     held_out = int(len(pixels) * HELD_OUT_SHARE)
     gamma = SHARPNESS / (pixels.shape[1] * pixels.var())
     classifier = SVC(C=REGULARISATION, gamma=gamma).fit(pixels[held_out:], labels[held_out:])

@@ -1,5 +1,6 @@
 """Shows a running job: a bar on a terminal, plain lines in a job's log."""
 
+import json
 import threading
 from types import TracebackType
 
@@ -51,7 +52,7 @@ class Progress:
         self._run = run
         self._session = session
         self._total_images = total_images
-        self._shown = 0
+        self._shown: set[str] = set()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._console = Console(soft_wrap=True, highlight=False)
@@ -88,11 +89,13 @@ class Progress:
             self._show()
 
     def _show(self) -> None:
-        rows = [row for row in read_rows(self._run) if row["session"] == self._session]
-        for row in rows[self._shown :]:
+        for row in read_rows(self._run):
+            # After a restart some rows are gone and others come in their place.
+            text = json.dumps(row)
+            if row["session"] != self._session or text in self._shown:
+                continue
+            self._shown.add(text)
             line = describe(row, self._total_images)
             if line is not None:
                 self._console.print(line)
             self._bar.update(self._task, completed=row["images"])
-        # After a restart of the workers there are fewer rows than were shown.
-        self._shown = len(rows)

@@ -1,11 +1,14 @@
-"""Which sample each worker trained on, written down: the proof that none is lost or doubled.
+"""Which samples and which noise each worker trained on, written down: the proof of "once each".
 
 `samples/<group>-<rank>.jsonl` has a row for each step of a worker. Work that was lost is in it as
-well; `sample_keys` leaves it out.
+well; `trained_on` leaves it out.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,10 +27,15 @@ class SampleKeys:
         if self._place.local_path is not None:
             self._place.local_path.parent.mkdir(parents=True, exist_ok=True)
 
-    def add(self, images: int, lanes: range, keys: np.ndarray) -> None:
-        """A step's samples, lane after lane; `images` seen before it."""
-        by_lane = keys.reshape(len(lanes), -1).tolist()
-        row = json.dumps({"images": images, "lanes": dict(zip(lanes, by_lane, strict=True))})
+    def add(self, images: int, lanes: range, keys: np.ndarray, noise: np.ndarray) -> None:
+        """A step's samples and latents, lane after lane; `images` seen before it."""
+        keys_of = keys.reshape(len(lanes), -1).tolist()
+        noise_of = noise.reshape(len(lanes), -1)
+        by_lane = {
+            lane: [hashlib.sha256(noise_of[place].tobytes()).hexdigest()[:16], *keys_of[place]]
+            for place, lane in enumerate(lanes)
+        }
+        row = json.dumps({"images": images, "lanes": by_lane})
         if self._place.local_path is not None:
             with self._place.local_path.open("a") as file:
                 file.write(row + "\n")
@@ -42,8 +50,16 @@ class SampleKeys:
             self._place.write("".join(row + "\n" for row in self._rows).encode())
 
 
-def sample_keys(run: Location, starts: list[tuple[str, int]]) -> list[str]:
-    """The samples that the run was trained on, in the order of the stream.
+@dataclass(frozen=True)
+class Trained:
+    """What a run was trained on: keys of samples in the order of the stream, a hash of noise."""
+
+    keys: tuple[str, ...]
+    noise: str
+
+
+def trained_on(run: Location, starts: Sequence[tuple[str, int]]) -> Trained:
+    """What went into the run's present state.
 
     Args:
         run: the run's folder.
@@ -58,17 +74,29 @@ def sample_keys(run: Location, starts: list[tuple[str, int]]) -> list[str]:
         steps = {images: lanes for images, lanes in steps.items() if images < start}
         for row in _rows(run, group):
             lanes = steps.setdefault(row["images"], {})
-            for lane, keys in row["lanes"].items():
+            for lane, entry in row["lanes"].items():
                 if int(lane) in lanes:
                     raise ValueError(f"lane {lane} at {row['images']:,} images was done twice")
-                lanes[int(lane)] = keys
-    ordered: list[str] = []
+                lanes[int(lane)] = entry
+    keys: list[str] = []
+    noise = hashlib.sha256()
     for images in sorted(steps):
         lanes = steps[images]
-        if images != len(ordered) or sorted(lanes) != list(range(len(lanes))):
-            raise ValueError(f"samples are missing at {len(ordered):,} images")
-        ordered += [key for lane in sorted(lanes) for key in lanes[lane]]
-    return ordered
+        if images != len(keys) or sorted(lanes) != list(range(len(lanes))):
+            raise ValueError(f"samples are missing at {len(keys):,} images")
+        for lane in sorted(lanes):
+            noise.update(lanes[lane][0].encode())
+            keys += lanes[lane][1:]
+    return Trained(tuple(keys), noise.hexdigest())
+
+
+def repeated(trained: Trained, epoch_images: int) -> list[str]:
+    """The samples that came more than once in an epoch, none if each came once."""
+    epochs = (
+        trained.keys[first : first + epoch_images]
+        for first in range(0, len(trained.keys), epoch_images)
+    )
+    return [key for epoch in epochs for key, times in Counter(epoch).items() if times > 1]
 
 
 def _rows(run: Location, group: str) -> Iterator[dict]:

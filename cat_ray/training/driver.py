@@ -75,7 +75,7 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
     session = uuid.uuid4().hex[:8]
     try:
         if still_due().start < config.run.total_images:
-            with _stopping(run), _cluster(config), Progress(run, session, config.run.total_images):
+            with _stopping(run), cluster(config), Progress(run, session, config.run.total_images):
                 _fit(config, run, session, still_due, faults)
     except BadInput as error:
         write_outcome(run, "bad input", _images(run), str(error))
@@ -223,7 +223,7 @@ def _stopping(run: Location) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _cluster(config: Config) -> Iterator[None]:
+def cluster(config: Config) -> Iterator[None]:
     """A connection to the cluster of RAY_ADDRESS, or to one started here for as long as needed."""
     logging.getLogger("ray").setLevel(logging.WARNING)
     own = not ray.is_initialized()
@@ -237,6 +237,8 @@ def _cluster(config: Config) -> Iterator[None]:
         workers = config.workers
         needed = math.ceil(workers.maximum * workers.cpus_per_worker + CPUS_PER_READ)
         ray.init(
+            # Without it a cluster that runs on this machine for something else would be used.
+            address="local",
             num_cpus=max(os.cpu_count() or 1, needed),
             include_dashboard=False,
             log_to_driver=False,

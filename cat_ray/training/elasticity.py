@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.core.generated import autoscaler_pb2
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import WorkerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
@@ -29,6 +30,7 @@ from cat_ray.training.preemption import Notice
 from cat_ray.training.requests import NOTICES, ask_to_resize
 
 ANSWER_SECONDS = 5.0
+HEAD = "node:__internal_head__"
 
 
 def environment(start_seconds: float, stall_seconds: float) -> dict[str, str]:
@@ -230,3 +232,22 @@ class RayDrain:
             return None
         deadline = info.deadline_ms / 1000 if info.deadline_ms else None
         return Notice("Ray drains this node", deadline)
+
+
+def on_head_node() -> bool:
+    """Whether this process shares its node with the cluster's head, and so with the driver."""
+    here = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == here and HEAD in node["Resources"] for node in ray.nodes())
+
+
+def drain_node(node_id: str, reason: str, deadline: float | None) -> None:
+    """Tells Ray that a node is about to go, as its autoscaler does: nothing new is placed there.
+
+    Args:
+        node_id: the node; it may be drained already.
+        reason: for Ray's log.
+        deadline: unix seconds; none is known if None.
+    """
+    client: Any = ray._private.worker.global_worker.gcs_client  # pyright: ignore
+    kind = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    client.drain_node(node_id, kind, reason, int((deadline or 0.0) * 1000))

@@ -4,9 +4,12 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import ray
 
 from cat_ray.checkpoint.read import newest
 from cat_ray.checkpoint.write import CheckpointWriter
@@ -54,9 +57,10 @@ def parse_schedule(text: str) -> tuple[Fault, ...]:
     return tuple(sorted(faults, key=lambda fault: fault.images))
 
 
-def struck(run: Location, place: int) -> bool:
-    """Whether the fault at this place of the schedule has come."""
-    return (run / FAULTS / f"{place:03d}.json").exists()
+def strike_of(run: Location, place: int) -> dict[str, Any] | None:
+    """When and where the fault at this place of the schedule came, or None if it has not yet."""
+    record = run / FAULTS / f"{place:03d}.json"
+    return json.loads(record.read()) if record.exists() else None
 
 
 class Injector:
@@ -65,13 +69,18 @@ class Injector:
     def __init__(self, run: Location, faults: Sequence[Fault], rank: int):
         self._run = run
         self._own = [(place, fault) for place, fault in enumerate(faults) if fault.rank == rank]
-        self._own = [(place, fault) for place, fault in self._own if not struck(run, place)]
+        self._own = [(place, f) for place, f in self._own if strike_of(run, place) is None]
 
     def strike(self, images: int, writer: CheckpointWriter) -> None:
         """Lets come what is due after a step, in order."""
         while self._own and self._own[0][1].images <= images:
             place, fault = self._own.pop(0)
-            record = {"kind": fault.kind, "images": images, "rank": fault.rank}
+            record = {
+                **asdict(fault),
+                "images": images,
+                "at": time.time(),
+                "node": ray.get_runtime_context().get_node_id(),
+            }
             (self._run / FAULTS / f"{place:03d}.json").write(json.dumps(record).encode())
             self._befall(fault, writer)
 

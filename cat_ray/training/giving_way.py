@@ -15,28 +15,42 @@ WISHES = ("preemption", "stop", "resize")
 
 
 @dataclass(frozen=True)
+class Decision:
+    """What the group does: why it ends, which save it makes before, and what is said of it."""
+
+    cause: str
+    choice: SaveChoice
+    told: str
+
+
+@dataclass(frozen=True)
 class Situation:
-    """What one worker knows when its group is to give way."""
+    """What one worker knows when its group is to give way.
+
+    Attributes:
+        notice: that its machine will be taken away.
+        times: how long its saves took.
+        with_driver: whether its machine is the driver's too.
+    """
 
     notice: Notice | None
     times: SaveTimes
+    with_driver: bool
 
 
-def decide(
-    situations: Sequence[Situation], cause: str, margin: float, now: float
-) -> tuple[SaveChoice, str]:
-    """Which save fits, and the line that tells the user; `now` in unix seconds."""
-    notices = [s.notice for s in situations if s.notice is not None]
-    notice = earliest(notices) if cause == "preemption" else None
+def decide(situations: Sequence[Situation], cause: str, margin: float, now: float) -> Decision:
+    """What to do; `now` in unix seconds. A run whose driver's machine goes can only stop."""
+    leaving = [s for s in situations if s.notice is not None]
+    notice = earliest(s.notice for s in leaving if s.notice is not None)
     left = None if notice is None or notice.deadline is None else notice.deadline - now
     choice = choose_save(longest([s.times for s in situations]), left, margin)
-    reasons = {
-        "preemption": notice.reason if notice else "a machine is taken away",
-        "resize": "the number of nodes changed",
-        "stop": "asked to stop",
-    }
+    if notice is not None:
+        reason = notice.reason
+    else:
+        reason = {"resize": "the number of nodes changed", "stop": "asked to stop"}[cause]
     what = {"storage": "saving", "peer": "handing over", "none": "not saving"}[choice.kind]
-    return choice, f"{reasons[cause]}: {what}, {choice.why}"
+    ends = any(s.with_driver for s in leaving)
+    return Decision("stop" if ends else cause, choice, f"{reason}: {what}, {choice.why}")
 
 
 def longest(times: Sequence[SaveTimes]) -> SaveTimes:

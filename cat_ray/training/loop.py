@@ -4,7 +4,6 @@ import torch
 
 from cat_ray.evaluation.alignment_metrics import alignment_figures
 from cat_ray.evaluation.sampling import to_unit
-from cat_ray.training.draws import draw_step
 from cat_ray.training.session import Session, due
 from cat_ray.training.steps import discriminator_step, generator_step
 
@@ -22,8 +21,7 @@ def train(session: Session) -> None:
     for batch in session.batches():
         images = to_unit(torch.from_numpy(batch.images).to(session.device))
         labels = torch.from_numpy(batch.labels).to(session.device)
-        step = session.images // batch_size
-        draws = draw_step(config, session.lanes, step, session.device, session.noise_stream)
+        draws = session.draw_step(batch)
 
         with torch.set_grad_enabled(reuse):
             outputs = adversaries.generator(draws.latents, labels)

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from threading import Event, Thread
 from typing import Literal, Protocol, Self
 
-# The time that a save to storage is taken to need before the first one has been measured.
-UNMEASURED_STORAGE_SECONDS = 60.0
-
 
 @dataclass(frozen=True)
 class Notice:
@@ -123,8 +120,7 @@ def choose_save(times: SaveTimes, seconds_left: float | None, margin: float) -> 
     """The most lasting save that ends in time.
 
     A save fits if its measured time, `margin` times over, is left. Before the first measurement
-    a save to storage is taken to need UNMEASURED_STORAGE_SECONDS, margin included, and handing
-    over is no choice.
+    a save to storage is tried: an unfinished one harms nothing.
 
     Args:
         times: how long saves have taken.
@@ -137,12 +133,9 @@ def choose_save(times: SaveTimes, seconds_left: float | None, margin: float) -> 
     storage, local = times.storage_seconds, times.local_seconds
     left = f"{_words(max(seconds_left, 0))} are left"
     if storage is None:
-        needed = UNMEASURED_STORAGE_SECONDS
-        why = f"a save to storage is taken to need {_words(needed)} (not measured yet)"
-    else:
-        needed = storage * margin
-        why = f"a save to storage takes {_measured(storage, needed)}"
-    if needed <= seconds_left:
+        return SaveChoice("storage", f"no save has been measured yet, {left}")
+    why = f"a save to storage takes {_measured(storage, storage * margin)}"
+    if storage * margin <= seconds_left:
         return SaveChoice("storage", f"{why}, {left}")
 
     if local is None:

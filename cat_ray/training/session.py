@@ -7,19 +7,15 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import torch
+import ray
 from torch import Tensor, distributed
 
 from cat_ray.checkpoint.layout import State
 from cat_ray.checkpoint.retain import drop_old
 from cat_ray.checkpoint.write import CheckpointWriter, Saved
 from cat_ray.config import Config, dump
-from cat_ray.data.read import read_images
 from cat_ray.data.stream import Batch, RankStream
 from cat_ray.errors import BadInput, GaveWay
-from cat_ray.evaluation.classifier import Reference, fit_reference, measure
-from cat_ray.evaluation.grid import stage_grid, to_png
-from cat_ray.evaluation.sampling import latents, sample_stages, to_pixels, to_unit
 from cat_ray.operations.goodput import Bin, Ledger
 from cat_ray.operations.journal import EVENT, Journal
 from cat_ray.operations.sample_keys import SampleKeys
@@ -27,7 +23,8 @@ from cat_ray.operations.trackers import start_trackers
 from cat_ray.storage import Location, locate
 from cat_ray.training.agreement import Agreement
 from cat_ray.training.cloud_notices import cloud_source
-from cat_ray.training.elasticity import RayDrain
+from cat_ray.training.draws import StepDraws, draw_step
+from cat_ray.training.elasticity import RayDrain, drain_node, on_head_node
 from cat_ray.training.engines import choose_device
 from cat_ray.training.faults import Injector
 from cat_ray.training.giving_way import WISHES, Situation, decide
@@ -40,6 +37,7 @@ from cat_ray.training.health import (
     must_roll_back,
     roll_back_message,
 )
+from cat_ray.training.monitor import Monitor
 from cat_ray.training.preemption import Poller, SaveTimes
 from cat_ray.training.recorder import Recorder
 from cat_ray.training.requests import NOTICES, RESIZE, STOP, StopFile
@@ -47,10 +45,6 @@ from cat_ray.training.state import make_state, state_slices
 from cat_ray.training.watchdog import Watchdog, end_process
 from cat_ray.versions import versions
 
-GRIDS = "grids"
-GRID_ROWS = 4
-GRID_COLUMNS = 10
-REFERENCE_IMAGES = 5000
 DRAIN_POLL_SECONDS = 0.5
 
 
@@ -73,7 +67,6 @@ class Session:
         self._injector = injector
         self._run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
         self._broken = 0
-        self._reference: Reference | None = None
         self._health = Health()
         self._limits = Limits(**config.health.model_dump(exclude={"max_rollbacks"}))
         self._saved_images = self.images
@@ -106,6 +99,9 @@ class Session:
         )
         self._watchdog = Watchdog(config.workers.stall_seconds, end_process(self._run, rank))
         self._journal = self._open_journal(name) if rank == 0 else None
+        self._monitor = Monitor(
+            config, self._run, stream.due, self.averages, self.device, self._journal
+        )
         self._keys = SampleKeys(self._run, group, rank) if config.reporting.sample_keys else None
         self.recorder = Recorder(self.device)
         self._around = ExitStack()
@@ -135,10 +131,15 @@ class Session:
 
     def batches(self) -> Iterator[Batch]:
         """This worker's part of every batch still due."""
-        for batch in self.recorder.timed(self._stream.batches(), self._ledger):
-            if self._keys is not None:
-                self._keys.add(self.images, self.lanes, batch.keys)
-            yield batch
+        return self.recorder.timed(self._stream.batches(), self._ledger)
+
+    def draw_step(self, batch: Batch) -> StepDraws:
+        """The random numbers of the step that trains on a batch."""
+        step = self.images // self.config.optimisation.batch_size
+        draws = draw_step(self.config, self.lanes, step, self.device, self.noise_stream)
+        if self._keys is not None:
+            self._keys.add(self.images, self.lanes, batch.keys, draws.latents.cpu().numpy())
+        return draws
 
     def end_step(self, figures: dict[str, Tensor]) -> None:
         """Agrees with the other workers whether to go on.
@@ -147,6 +148,9 @@ class Session:
             GaveWay: the group is to end here, and has saved what there was time for.
         """
         self._watchdog.beat()
+        if self.images == self._stream.due.start + self.config.optimisation.batch_size:
+            # The end of a recovery: its duration is read off the ledger.
+            self._ledger.note(self.images)
         self._injector.strike(self.images, self._writer)
         wishes = (NOTICES.current() is not None, STOP.is_set(), RESIZE.is_set())
         last, wanted = self._agreement.after_step(figures, wishes)
@@ -200,37 +204,14 @@ class Session:
             )
 
     def draw_grid(self) -> None:
-        """Draws the fixed latents' samples at every stage, side by side."""
+        """Draws the fixed latents' samples."""
         with self._aside("evaluation"):
-            columns = min(self.config.data.num_classes, GRID_COLUMNS)
-            count = columns * GRID_ROWS
-            labels = torch.arange(count) % columns
-            outputs = self._sample(range(count), labels)
-            if self._journal is not None:
-                picture = to_png(stage_grid(outputs, columns))
-                (self._run / GRIDS / f"images-{self.images:012d}.png").write(picture)
+            self._monitor.draw_grid(self.images)
 
     def evaluate(self) -> None:
-        """Measures averaged samples against the real images, as the protocol says."""
-        evaluation = self.config.evaluation
-        if evaluation.protocol == "none":
-            return
+        """Measures samples."""
         with self._aside("evaluation"):
-            world_size, rank = distributed.get_world_size(), distributed.get_rank()
-            # Every worker makes equally many: under ZeRO 3 their forward passes go together.
-            each = -(-evaluation.samples // world_size)
-            own = [(rank * each + place) % evaluation.samples for place in range(each)]
-            labels = torch.arange(evaluation.samples) % self.config.data.num_classes
-            pixels = to_pixels(self._sample(own, labels[own])[-1]).to(self.device)
-            parts = [torch.empty_like(pixels) for _ in range(world_size)]
-            distributed.all_gather(parts, pixels)
-            if self._journal is not None:
-                samples = to_unit(torch.cat(parts)[: evaluation.samples].cpu()).flatten(1).numpy()
-                figures = measure(self._fitted_reference(), samples, labels.numpy())
-                self._journal.append(
-                    "evaluation", self.images, samples=evaluation.samples, **figures
-                )
-            self._agreement.barrier()
+            self._monitor.evaluate(self.images)
 
     def save(self) -> None:
         """Begins to save everything; a state after bad steps is not saved."""
@@ -271,17 +252,21 @@ class Session:
         raise GaveWay("roll-back", told)
 
     def _give_way(self, cause: str) -> None:
-        situation = Situation(NOTICES.current(), self._times)
-        situations = self._agreement.gather(situation)
+        notice = NOTICES.current()
+        situations = self._agreement.gather(Situation(notice, self._times, on_head_node()))
         margin = self.config.preemption.margin
         # One clock decides for all.
-        choice, told = self._agreement.gather(decide(situations, cause, margin, time.time()))[0]
+        decision = self._agreement.gather(decide(situations, cause, margin, time.time()))[0]
         if self._journal is not None:
-            self._journal.append(EVENT, self.images, message=told)
-        if choice.kind == "storage":
+            self._journal.append(EVENT, self.images, message=decision.told)
+        if decision.choice.kind == "storage":
             self.save()
             self.finish()
-        raise GaveWay(cause, told)
+        if notice is not None and decision.cause == "preemption":
+            # Whoever told of it, Ray must know: nothing is to start here again.
+            here = ray.get_runtime_context().get_node_id()
+            drain_node(here, notice.reason, notice.deadline)
+        raise GaveWay(decision.cause, decision.told)
 
     def _note_saves(self, saves: list[Saved]) -> None:
         for saved in saves:
@@ -315,20 +300,6 @@ class Session:
     def _open_journal(self, name: str) -> Journal:
         trackers = start_trackers(self.config.reporting.trackers, self._run)
         return Journal(self._run, name, self.images, trackers)
-
-    def _sample(self, indices: range | list[int], labels: torch.Tensor) -> torch.Tensor:
-        config = self.config
-        z = latents(config.run.seed, indices, config.model.generator.latent_width)
-        with self.averages.applied(config.optimisation.ema_decays[0]) as network:
-            return sample_stages(network, z, labels, self.device)
-
-    def _fitted_reference(self) -> Reference:
-        if self._reference is None:
-            due = self._stream.due
-            images, labels = read_images(due.folder, due.index, due.num_classes, REFERENCE_IMAGES)
-            pixels = to_unit(torch.from_numpy(images)).flatten(1).numpy()
-            self._reference = fit_reference(pixels, labels)
-        return self._reference
 
     @contextmanager
     def _aside(self, bin: Bin) -> Iterator[None]:

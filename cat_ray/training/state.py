@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from cat_ray.checkpoint import layout
 from cat_ray.checkpoint.read import CheckpointReader

@@ -122,7 +122,8 @@ def test_without_prices_there_is_time_and_the_keys_that_set_them():
 
 
 @pytest.mark.parametrize(
-    ("spot", "on_demand", "total"), [(1.5, None, "$15.0000"), (None, 4.0, "$40.0000")]
+    ("spot", "on_demand", "total"),
+    [(1.5, None, "$15.0000"), (None, 4.0, "$40.0000"), (0.0, None, "$0.0000")],
 )
 def test_with_one_price_there_is_one_bill_and_nothing_to_compare(spot, on_demand, total):
     lines = printed(spot, on_demand)

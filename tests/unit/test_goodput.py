@@ -331,6 +331,7 @@ def test_a_gap_that_is_too_long_was_not_paid(away_seconds, idle):
 @pytest.mark.parametrize(
     ("images", "outcome", "expected"),
     [
+        (80, None, {"train": 40, "data_wait": 10}),
         (50, None, {"train": 40, "data_wait": 10}),
         (40, None, {"train": 32, "data_wait": 8, "lost": 10}),
         (0, "failed", {"lost": 50}),
@@ -345,6 +346,15 @@ def test_a_group_ends_where_the_next_begins_whatever_its_workers_still_write(
         row(50, images, {}, group="b", began=50),
     ]
     assert bins_of(rows) == pytest.approx(expected)
+
+
+def test_a_worker_that_was_there_too_late_was_only_starting():
+    rows = [
+        row(0, 0, {}, workers=2),
+        row(70, 0, {"train": 10}, workers=2, rank=1, began=60),
+        row(50, 0, {}, group="b", began=50),
+    ]
+    assert bins_of(rows) == {"lost": 50, "start": 50}
 
 
 def test_no_rows_no_time():
@@ -381,7 +391,10 @@ def histories(draw) -> list[list[Row]]:
     began, ended = NOON, NOON
     for number in range(draw(st.integers(0, 5))):
         workers, images = draw(st.integers(1, 4)), draw(st.integers(0, 300))
-        began = max(began + 1e-3, ended + draw(st.floats(-2000, 2000)))
+        if draw(st.booleans()):
+            began = ended + draw(st.floats(1e-3, 2000))
+        else:
+            began += 1e-3 + draw(st.floats(0, 1)) * (ended - began)
         rows = [
             each
             for rank in range(workers)

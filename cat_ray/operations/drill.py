@@ -1,0 +1,217 @@
+"""`cat-ray drill`: a run with faults at given numbers of images, and what became of it."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray.cluster_utils import Cluster
+from rich.table import Table
+
+from cat_ray.checkpoint.read import newest_sound, read_state, verify
+from cat_ray.config import Config
+from cat_ray.data.index import read_index
+from cat_ray.data.stream import CPUS_PER_READ
+from cat_ray.errors import BadInput, RunFailed
+from cat_ray.operations.goodput import Row, read_ledger
+from cat_ray.operations.sample_keys import repeated, trained_on
+from cat_ray.storage import Location, locate
+from cat_ray.training.driver import train
+from cat_ray.training.elasticity import drain_node
+from cat_ray.training.faults import BY_WORKER, Fault, strike_of
+
+POLL_SECONDS = 0.1
+DRAIN_SECONDS = 60.0
+GOES_ON = ("refuse",)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a fault cost.
+
+    Attributes:
+        fault: the fault.
+        at: unix time, None if it never came.
+        seconds: from the fault to the next worker group's first step; None where the group went on.
+        lost_images: images that were trained on again.
+    """
+
+    fault: Fault
+    at: float | None
+    seconds: float | None
+    lost_images: int
+
+
+@dataclass(frozen=True)
+class Drilled:
+    """What a drill found: each fault's recovery, and each promise with whether it was kept."""
+
+    recoveries: tuple[Recovery, ...]
+    promises: tuple[tuple[str, bool, str], ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every fault came and every promise was kept."""
+        came = all(recovery.at is not None for recovery in self.recoveries)
+        return came and all(kept for _, kept, _ in self.promises)
+
+
+def default_schedule(config: Config) -> tuple[Fault, ...]:
+    """One fault of each kind that a worker can do to itself, two saves apart."""
+    apart = 2 * config.checkpoints.save_every_images + config.optimisation.batch_size
+    last = config.workers.minimum - 1
+    return tuple(
+        Fault(kind, apart * (place + 1), 0 if kind in ("refuse", "truncate") else last)
+        for place, kind in enumerate(BY_WORKER)
+    )
+
+
+def drill(config: Config, faults: Sequence[Fault]) -> Drilled:
+    """Trains the job from its beginning with the faults, and looks at what it left behind.
+
+    With faults of nodes, and without RAY_ADDRESS, a cluster of one node for each worker is made
+    on this machine.
+
+    Raises:
+        BadInput: the job can't be used, or the run's folder isn't empty.
+    """
+    run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
+    if run.sizes() or run.folders():
+        raise BadInput(f"{run.uri} isn't empty: a drill begins a run of its own")
+    reporting = config.reporting.model_copy(update={"sample_keys": True})
+    config = config.model_copy(update={"reporting": reporting})
+    failure = ""
+    with ExitStack() as around:
+        if any(fault.kind not in BY_WORKER for fault in faults):
+            nodes = around.enter_context(_nodes(config))
+            around.enter_context(_node_faults(config, run, faults, nodes))
+        try:
+            train(config, faults)
+        except RunFailed as error:
+            failure = str(error)
+    return _findings(config, run, faults, failure)
+
+
+def drill_tables(found: Drilled) -> Iterator[Table]:
+    """What was found, for a person."""
+    table = Table("fault", "at images", "first new step after", "images done again")
+    for recovery in found.recoveries:
+        seconds = "went on" if recovery.seconds is None else f"{recovery.seconds:.1f} s"
+        came = recovery.at is not None
+        table.add_row(
+            f"{recovery.fault.kind} of rank {recovery.fault.rank}",
+            f"{recovery.fault.images:,}",
+            seconds if came else "[red]never came[/red]",
+            f"{recovery.lost_images:,}" if came else "",
+        )
+    yield table
+    table = Table("promise", "", "measured")
+    for promise, kept, measured in found.promises:
+        table.add_row(promise, "[green]pass[/green]" if kept else "[red]FAIL[/red]", measured)
+    yield table
+
+
+def starts_of(rows: Sequence[Row]) -> list[tuple[str, int]]:
+    """The worker groups of a ledger in order of time, each with the images it went on from."""
+    first = {}
+    for row in sorted(rows, key=lambda row: (row.at, row.images), reverse=True):
+        first[row.group] = row
+    return [(row.group, row.images) for row in sorted(first.values(), key=lambda row: row.began)]
+
+
+def _findings(config: Config, run: Location, faults: Sequence[Fault], failure: str) -> Drilled:
+    rows = read_ledger(run)
+    recoveries = tuple(_recovery(run, rows, place, fault) for place, fault in enumerate(faults))
+    checkpoint = newest_sound(run)
+    images = read_state(checkpoint).images if checkpoint else 0
+    total = config.run.total_images
+    index = read_index(
+        locate(config.data.shards, config.storage.endpoint_url, config.storage.region)
+    )
+    try:
+        trained = trained_on(run, starts_of(rows))
+        twice = repeated(trained, index.images)
+        once = not twice and len(trained.keys) == total
+        told = f"{len(trained.keys):,} of {total:,} images, {len(twice)} of them twice"
+    except ValueError as error:
+        once, told = False, str(error)
+    damaged = verify(checkpoint) if checkpoint else ["no checkpoint"]
+    return Drilled(
+        recoveries,
+        (
+            ("the run reached its end", not failure and images == total, failure or f"{images:,}"),
+            ("each image came exactly once", once, told),
+            (
+                "the last checkpoint is whole, every hash right",
+                not damaged,
+                "; ".join(damaged) or (checkpoint.name if checkpoint else ""),
+            ),
+        ),
+    )
+
+
+def _recovery(run: Location, rows: Sequence[Row], place: int, fault: Fault) -> Recovery:
+    strike = strike_of(run, place)
+    if strike is None:
+        return Recovery(fault, None, None, 0)
+    at = strike["at"]
+    later = [row for row in rows if row.began > at]
+    if fault.kind in GOES_ON or not later:
+        return Recovery(fault, at, None, 0)
+    group = min(later, key=lambda row: row.began).group
+    own = [row for row in rows if row.group == group]
+    start = min(row.images for row in own)
+    stepped = [row.at for row in own if row.images > start]
+    seconds = min(stepped) - at if stepped else None
+    return Recovery(fault, at, seconds, max(0, strike["images"] - start))
+
+
+@contextmanager
+def _node_faults(
+    config: Config, run: Location, faults: Sequence[Fault], cluster: Cluster
+) -> Iterator[None]:
+    """Does to nodes, from a thread, what the workers on them announce."""
+    waiting = {p: fault for p, fault in enumerate(faults) if fault.kind not in BY_WORKER}
+    left = threading.Event()
+
+    def watch() -> None:
+        while not left.wait(POLL_SECONDS):
+            for place, fault in list(waiting.items()):
+                strike = strike_of(run, place)
+                if strike is not None:
+                    del waiting[place]
+                    _befall(fault, strike["node"], cluster, config.workers.cpus_per_worker)
+
+    thread = threading.Thread(target=watch, name="node-faults", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
+
+
+def _befall(fault: Fault, node_id: str, cluster: Cluster, cpus: float) -> None:
+    if fault.kind == "drain":
+        drain_node(node_id, "a drill", time.time() + DRAIN_SECONDS)
+    elif fault.kind == "add":
+        cluster.add_node(num_cpus=cpus)
+    else:
+        node = next(node for node in cluster.worker_nodes if node.node_id == node_id)
+        cluster.remove_node(node, allow_graceful=False)
+
+
+@contextmanager
+def _nodes(config: Config) -> Iterator[Cluster]:
+    """A cluster here: a head that trains nothing, and a node for each worker."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_PER_READ})
+    for _ in range(config.workers.maximum):
+        cluster.add_node(num_cpus=config.workers.cpus_per_worker)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="WARNING")
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

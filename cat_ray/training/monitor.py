@@ -1,0 +1,81 @@
+"""Looks at the samples while training: grids of fixed latents, and measurements.
+
+Every worker calls every method; the first one writes.
+"""
+
+import torch
+from torch import distributed
+
+from cat_ray.config import Config
+from cat_ray.data.read import read_images
+from cat_ray.data.stream import Due
+from cat_ray.evaluation.classifier import Reference, fit_reference, measure
+from cat_ray.evaluation.grid import stage_grid, to_png
+from cat_ray.evaluation.sampling import latents, sample_stages, to_pixels, to_unit
+from cat_ray.operations.journal import Journal
+from cat_ray.storage import Location
+from cat_ray.training.averaging import Averages
+
+GRIDS = "grids"
+GRID_ROWS = 4
+GRID_COLUMNS = 10
+REFERENCE_IMAGES = 5000
+
+
+class Monitor:
+    """Samples with the first of the averages; `journal` is the first worker's only."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: Location,
+        due: Due,
+        averages: Averages,
+        device: torch.device,
+        journal: Journal | None,
+    ):
+        self._config, self._run, self._due = config, run, due
+        self._averages, self._device, self._journal = averages, device, journal
+        self._reference: Reference | None = None
+
+    def draw_grid(self, images: int) -> None:
+        """Draws the fixed latents' samples at every stage, side by side."""
+        columns = min(self._config.data.num_classes, GRID_COLUMNS)
+        count = columns * GRID_ROWS
+        outputs = self._sample(range(count), torch.arange(count) % columns)
+        if self._journal is not None:
+            picture = to_png(stage_grid(outputs, columns))
+            (self._run / GRIDS / f"images-{images:012d}.png").write(picture)
+
+    def evaluate(self, images: int) -> None:
+        """Measures samples against the real images, as the protocol says."""
+        evaluation = self._config.evaluation
+        if evaluation.protocol == "none":
+            return
+        world_size, rank = distributed.get_world_size(), distributed.get_rank()
+        # Every worker makes equally many: under ZeRO 3 their forward passes go together.
+        each = -(-evaluation.samples // world_size)
+        own = [(rank * each + place) % evaluation.samples for place in range(each)]
+        labels = torch.arange(evaluation.samples) % self._config.data.num_classes
+        pixels = to_pixels(self._sample(own, labels[own])[-1]).to(self._device)
+        parts = [torch.empty_like(pixels) for _ in range(world_size)]
+        distributed.all_gather(parts, pixels)
+        if self._journal is not None:
+            samples = to_unit(torch.cat(parts)[: evaluation.samples].cpu()).flatten(1).numpy()
+            figures = measure(self._fitted_reference(), samples, labels.numpy())
+            self._journal.append("evaluation", images, samples=evaluation.samples, **figures)
+        distributed.barrier()
+
+    def _sample(self, indices: range | list[int], labels: torch.Tensor) -> torch.Tensor:
+        config = self._config
+        z = latents(config.run.seed, indices, config.model.generator.latent_width)
+        with self._averages.applied(config.optimisation.ema_decays[0]) as network:
+            return sample_stages(network, z, labels, self._device)
+
+    def _fitted_reference(self) -> Reference:
+        if self._reference is None:
+            due = self._due
+            images, labels = read_images(due.folder, due.index, due.num_classes, REFERENCE_IMAGES)
+            pixels = to_unit(torch.from_numpy(images)).flatten(1).numpy()
+            self._reference = fit_reference(pixels, labels)
+        return self._reference
