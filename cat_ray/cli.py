@@ -171,11 +171,12 @@ def drill(
 def verify_resume(job: Job, overrides: Overrides = None) -> None:
     """Train a job's first steps undisturbed, killed and resized; compare what comes out."""
     with _speaking_plainly():
-        from cat_ray.operations.verify_resume import comparison_table
+        from cat_ray.operations.verify_resume import comparison_tables
         from cat_ray.operations.verify_resume import verify_resume as compare
 
         compared = compare(configuration.load(job, overrides or ()))
-        Console().print(comparison_table(compared))
+        for table in comparison_tables(compared):
+            Console().print(table)
         if not all(row.same for row in compared):
             raise typer.Exit(1)
 

@@ -251,7 +251,7 @@ class Workers(Section):
     max_failures: int = Field(default=3, ge=0)
     max_preemptions: int | None = Field(default=None, ge=0)
     start_seconds: float = Field(default=5.0, gt=0)
-    resize_check_seconds: float = Field(default=10.0, gt=0)
+    resize_check_seconds: float = Field(default=5.0, gt=0)
     capacity_seconds: float | None = Field(default=None, gt=0)
     stall_seconds: float = Field(default=300.0, gt=0)
 

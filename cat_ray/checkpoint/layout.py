@@ -11,6 +11,7 @@ many workers wrote it nor on their ZeRO stages. The folder's last six letters ar
 group's, so that a group that was given up, but still runs somewhere, can't spoil another's files.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -90,7 +91,7 @@ class Part:
             "files": [asdict(record) for record in self.files],
             "tensors": groups,
         }
-        return json.dumps(values, indent=1).encode()
+        return json.dumps({**values, "sha256": _digest(values)}, indent=1).encode()
 
 
 @dataclass(frozen=True)
@@ -117,15 +118,19 @@ class State:
 
 
 def parse_part(content: bytes) -> Part | None:
-    """A part or a manifest from its file's content, or None where it is not a whole one.
+    """A part or a manifest from its file's content, or None where it is damaged.
 
     Raises:
         BadInput: it was written by a version with another format.
     """
     try:
         values = json.loads(content)
-        found = values["format"]
+        digest, found = values.pop("sha256", None), values["format"]
+        if digest is not None and digest != _digest(values):
+            return None
         if found == FORMAT:
+            if digest is None:
+                return None
             return Part(
                 tuple(FileRecord(**record) for record in values["files"]),
                 tuple(
@@ -135,9 +140,14 @@ def parse_part(content: bytes) -> Part | None:
                     for file, offset, length in entry["slices"]
                 ),
             )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     raise BadInput(f"a checkpoint has format {found}, this version reads {FORMAT}")
+
+
+def _digest(values: dict) -> str:
+    """The sha256 of a part, which it carries itself."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def join(parts: Iterable[Part]) -> Part:

@@ -14,11 +14,13 @@ from torch import Tensor
 from cat_ray.checkpoint.layout import (
     FOLDER,
     GENERATOR,
+    MANIFEST,
     STATE,
     FileRecord,
     Part,
     State,
     average_group,
+    parse_part,
     read_whole,
 )
 from cat_ray.config import Config, parse
@@ -47,9 +49,11 @@ def newest(run: Location) -> Location | None:
 def newest_sound(run: Location) -> Location | None:
     """The newest checkpoint in which every file has its sha256, or None.
 
-    A damaged one is named in a warning and passed over.
+    The damaged files of one that was committed are named in a warning, and it is passed over.
     """
-    for checkpoint in complete(run):
+    for checkpoint in reversed((run / FOLDER).folders()):
+        if not (checkpoint / MANIFEST).exists():
+            continue
         damaged = verify(checkpoint)
         if not damaged:
             return checkpoint
@@ -59,9 +63,12 @@ def newest_sound(run: Location) -> Location | None:
 
 def verify(checkpoint: Location) -> list[str]:
     """Hashes every file; a line for each that is not what the manifest says, none if all are."""
-    records = read_whole(checkpoint)
-    if records is None:
-        return [f"{checkpoint.uri} is not a complete checkpoint"]
+    place = checkpoint / MANIFEST
+    if not place.exists():
+        return [f"{checkpoint.uri} is not a complete checkpoint: it has no {MANIFEST}"]
+    manifest = parse_part(place.read())
+    if manifest is None:
+        return [f"{place.uri} is damaged"]
 
     def problem(record: FileRecord) -> str | None:
         try:
@@ -71,7 +78,7 @@ def verify(checkpoint: Location) -> list[str]:
         return None
 
     with ThreadPoolExecutor(READERS) as pool:
-        return [line for line in pool.map(problem, records.files) if line]
+        return [line for line in pool.map(problem, manifest.files) if line]
 
 
 def resolve(place: Location) -> Location:

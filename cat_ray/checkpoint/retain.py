@@ -1,6 +1,7 @@
 """Which checkpoints are kept, and which are in use and can't go."""
 
 import json
+import logging
 import time
 import uuid
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from cat_ray.errors import BadInput
 from cat_ray.storage import Location
 
 LEASE_SECONDS = 3600.0
+
+logger = logging.getLogger(__name__)
 
 
 def images_of(name: str) -> int:
@@ -33,22 +36,25 @@ def kept(images: list[int], keep: int, every_images: int | None) -> set[int]:
     return staying
 
 
-def drop_old(run: Location, keep: int, every_images: int | None = None) -> None:
+def drop_old(
+    run: Location, keep: int, every_images: int | None = None, committed: Location | None = None
+) -> None:
     """Deletes the checkpoints that `kept` leaves out and nobody holds a lease of.
 
-    What was never committed goes as well when a committed one is newer.
+    What was never committed goes as well when a committed one is newer. Where the storage fails,
+    what is left is deleted the next time.
+
+    Args:
+        run: the run's folder.
+        keep: how many of the newest stay.
+        every_images: beside those, the first at or past each multiple of this stays.
+        committed: the checkpoint that the run has come to, the newest one if None. Those ahead of
+            it, which the run went back from because they are damaged, count for nothing and stay.
     """
-    folders = (run / FOLDER).folders()
-    complete = [folder for folder in folders if read_whole(folder) is not None]
-    if not complete:
-        return
-    newest = images_of(complete[-1].name)
-    staying = kept([images_of(folder.name) for folder in complete], keep, every_images)
-    for folder in folders:
-        images = images_of(folder.name)
-        old = images not in staying if folder in complete else images < newest
-        if old and not leased(folder):
-            _delete(folder)
+    try:
+        _drop_old(run, keep, every_images, committed)
+    except BadInput as error:
+        logger.warning("%s; old checkpoints are deleted after the next save", error)
 
 
 @contextmanager
@@ -71,11 +77,35 @@ def lease(checkpoint: Location, seconds: float = LEASE_SECONDS) -> Iterator[None
 def leased(checkpoint: Location) -> bool:
     """Whether somebody uses the checkpoint now."""
     names = [name for name in checkpoint.sizes() if name.startswith("lease-")]
-    return any(
-        json.loads((checkpoint / name).read())["until"] > time.time()
-        for name in names
-        if (checkpoint / name).exists()
-    )
+    return any(_until(checkpoint / name) > time.time() for name in names)
+
+
+def _until(place: Location) -> float:
+    """When a lease runs out; 0 if its reader is done by now."""
+    try:
+        return json.loads(place.read())["until"]
+    except BadInput:
+        if place.exists():
+            raise
+        return 0.0
+
+
+def _drop_old(
+    run: Location, keep: int, every_images: int | None, committed: Location | None
+) -> None:
+    folders = (run / FOLDER).folders()
+    complete = [folder for folder in folders if read_whole(folder) is not None]
+    if not complete:
+        return
+    newest = images_of((committed or complete[-1]).name)
+    # Two groups may have come to the same number, one of them with a damaged checkpoint.
+    numbers = sorted({images_of(folder.name) for folder in complete})
+    staying = kept([images for images in numbers if images <= newest], keep, every_images)
+    for folder in folders:
+        images = images_of(folder.name)
+        old = images not in staying if folder in complete else images < newest
+        if images <= newest and old and not leased(folder):
+            _delete(folder)
 
 
 def _delete(folder: Location) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors.torch
 import torch
@@ -48,6 +49,7 @@ REMOTE_POLL_SECONDS = 0.5
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 BLOCK_BYTES = 8 << 20
+T = TypeVar("T")
 PART_NAME = re.compile(r"part-(\d+)-of-(\d+)\.json")
 
 logger = logging.getLogger(__name__)
@@ -112,7 +114,9 @@ class CheckpointWriter:
         self._run, self._worker_group = run, worker_group
         self._rank, self._world_size = rank, world_size
         self._retry_seconds = retry_seconds
-        self._staging = Path(local_folder or tempfile.gettempdir()) / f"cat-ray-{worker_group}"
+        # Its own: workers that share a machine remove what they have uploaded.
+        staging = f"cat-ray-{worker_group}-{rank:02d}"
+        self._staging = Path(local_folder or tempfile.gettempdir()) / staging
         self._committed = committed
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._given_up = threading.Event()
@@ -195,7 +199,7 @@ class CheckpointWriter:
         if staging != checkpoint.local_path:
             for record in part.files:
                 self._put(checkpoint / record.name, staging / record.name)
-            shutil.rmtree(staging)
+            shutil.rmtree(staging, ignore_errors=True)
         if self._rank == 0:
             content = state.to_json()
             self._put(checkpoint / STATE, content)
@@ -210,32 +214,43 @@ class CheckpointWriter:
     def _write_slices(
         self, folder: Path, slices: Sequence[Slice], copies: Sequence[Tensor]
     ) -> Part:
-        folder.mkdir(parents=True, exist_ok=True)
         files, records = [], []
         for group in dict.fromkeys(piece.group for piece in slices):
             name = slice_file(group, self._rank, self._world_size)
             own = [(s, c) for s, c in zip(slices, copies, strict=True) if s.group == group]
             partial = folder / f".{name}.partial"
             try:
+                folder.mkdir(parents=True, exist_ok=True)
+                partial.touch()
+                mode = partial.stat().st_mode
                 safetensors.torch.save_file({s.tensor: copy for s, copy in own}, partial)
+                # safetensors makes a file that only its owner may read.
+                partial.chmod(mode)
                 files.append(_made_durable(partial, name))
+                partial.replace(folder / name)
             except (OSError, SafetensorError) as error:
                 raise _explained(folder / name, error) from error
-            partial.replace(folder / name)
             records += [
                 SliceRecord(group, s.tensor, s.shape, s.offset, len(s.values), name) for s, _ in own
             ]
         return Part(tuple(files), tuple(records))
 
     def _put(self, place: Location, content: bytes | Path) -> None:
-        """Writes a file, again and again for a while where the storage fails."""
+        """Writes a file."""
+        if isinstance(content, Path):
+            self._insist(place, lambda: place.upload(content))
+        else:
+            self._insist(place, lambda: place.write(content))
+
+    def _insist(self, place: Location, act: Callable[[], T]) -> T:
+        """Does something on storage, again and again for a while where it fails."""
         give_up_at, pause = time.monotonic() + self._retry_seconds, FIRST_PAUSE_SECONDS
         while True:
             try:
                 if self._refused:
                     self._refused -= 1
                     raise BadInput(f"storage failed at {place.uri}: refused by a drill")
-                return place.upload(content) if isinstance(content, Path) else place.write(content)
+                return act()
             except BadInput as error:
                 cause = error.__cause__
                 if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
@@ -249,7 +264,7 @@ class CheckpointWriter:
 
     def _commit(self, checkpoint: Location) -> None:
         poll = LOCAL_POLL_SECONDS if checkpoint.local_path else REMOTE_POLL_SECONDS
-        while not commit_if_whole(checkpoint):
+        while not self._insist(checkpoint / MANIFEST, lambda: commit_if_whole(checkpoint)):
             if self._given_up.wait(poll):
                 raise GroupFailed
         if self._committed is not None:

@@ -8,7 +8,7 @@ because Ray Data's executor, which lives in the worker, spins as long as it is h
 
 import contextlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from cat_ray.training.lanes import share
 
 DATASET_NAME = "train"
 CPUS_PER_READ = 0.5
+FIRST_WINDOW_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,24 @@ class RankStream:
     def batches(self) -> Iterator[Batch]:
         """The worker's part of every global batch still due, in order.
 
+        Reading begins with the call, before the first batch is asked for.
+
         Raises:
-            BadInput: a shard can't be read, or storage fails.
+            BadInput: when iterated; a shard can't be read, or storage fails.
         """
-        due = self.due
-        windows = [
-            (start, min(start + due.window, due.stop))
-            for start in range(due.start, due.stop, due.window)
-        ]
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            coming = [reader.submit(self._window, *window) for window in windows[:1]]
+        windows = list(windows_of(self.due))
+        reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="windows")
+        first = [reader.submit(self._window, *window) for window in windows[:1]]
+        return self._cut_windows(windows, reader, first)
+
+    def _cut_windows(
+        self, windows: list[tuple[int, int]], reader: ThreadPoolExecutor, coming: list[Future]
+    ) -> Iterator[Batch]:
+        with reader:
             for place, (start, stop) in enumerate(windows):
                 window = coming.pop().result()
                 coming = [reader.submit(self._window, *w) for w in windows[place + 1 : place + 2]]
-                steps = (stop - start) // due.stream.batch_size
+                steps = (stop - start) // self.due.stream.batch_size
                 yield from _cut(window, len(self.lanes), steps)
 
     def _window(self, start: int, stop: int) -> Batch:
@@ -130,6 +135,18 @@ def _cut(window: Batch, lanes: int, steps: int) -> Iterator[Batch]:
     by_step = [column.reshape(lanes, steps, -1, *column.shape[1:]) for column in columns]
     for step in range(steps):
         yield Batch(*(column[:, step].reshape(-1, *column.shape[3:]) for column in by_step))
+
+
+def windows_of(due: Due) -> Iterator[tuple[int, int]]:
+    """What is due, a window at a time: from where to where in the stream, in images.
+
+    The first windows are small, so that the first step needn't wait for a whole one.
+    """
+    start, size = due.start, FIRST_WINDOW_BATCHES * due.stream.batch_size
+    while start < due.stop:
+        stop = min(start + min(size, due.window), due.stop)
+        yield start, stop
+        start, size = stop, 2 * size
 
 
 class LaneDataConfig(ray.train.DataConfig):

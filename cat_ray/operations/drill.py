@@ -1,5 +1,6 @@
 """`cat-ray drill`: a run with faults at given numbers of images, and what became of it."""
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from ray.cluster_utils import Cluster
 from rich.table import Table
 
 from cat_ray.checkpoint.read import newest_sound, read_state, verify
-from cat_ray.config import Config
+from cat_ray.config import Config, Workers
 from cat_ray.data.index import read_index
 from cat_ray.data.stream import CPUS_PER_READ
 from cat_ray.errors import BadInput, RunFailed
@@ -71,8 +72,7 @@ def default_schedule(config: Config) -> tuple[Fault, ...]:
 def drill(config: Config, faults: Sequence[Fault]) -> Drilled:
     """Trains the job from its beginning with the faults, and looks at what it left behind.
 
-    With faults of nodes, and without RAY_ADDRESS, a cluster of one node for each worker is made
-    on this machine.
+    For faults of nodes a cluster of one node for each worker is made on this machine.
 
     Raises:
         BadInput: the job can't be used, or the run's folder isn't empty.
@@ -85,8 +85,10 @@ def drill(config: Config, faults: Sequence[Fault]) -> Drilled:
     failure = ""
     with ExitStack() as around:
         if any(fault.kind not in BY_WORKER for fault in faults):
-            nodes = around.enter_context(_nodes(config))
-            around.enter_context(_node_faults(config, run, faults, nodes))
+            workers, cpus = _alone_on_a_node(config.workers)
+            config = config.model_copy(update={"workers": workers})
+            nodes = around.enter_context(_nodes(workers.maximum, cpus))
+            around.enter_context(_node_faults(run, faults, nodes, cpus))
         try:
             train(config, faults)
         except RunFailed as error:
@@ -170,7 +172,7 @@ def _recovery(run: Location, rows: Sequence[Row], place: int, fault: Fault) -> R
 
 @contextmanager
 def _node_faults(
-    config: Config, run: Location, faults: Sequence[Fault], cluster: Cluster
+    run: Location, faults: Sequence[Fault], cluster: Cluster, cpus: int
 ) -> Iterator[None]:
     """Does to nodes, from a thread, what the workers on them announce."""
     waiting = {p: fault for p, fault in enumerate(faults) if fault.kind not in BY_WORKER}
@@ -182,7 +184,7 @@ def _node_faults(
                 strike = strike_of(run, place)
                 if strike is not None:
                     del waiting[place]
-                    _befall(fault, strike["node"], cluster, config.workers.cpus_per_worker)
+                    _befall(fault, strike["node"], cluster, cpus)
 
     thread = threading.Thread(target=watch, name="node-faults", daemon=True)
     thread.start()
@@ -193,7 +195,7 @@ def _node_faults(
         thread.join()
 
 
-def _befall(fault: Fault, node_id: str, cluster: Cluster, cpus: float) -> None:
+def _befall(fault: Fault, node_id: str, cluster: Cluster, cpus: int) -> None:
     if fault.kind == "drain":
         drain_node(node_id, "a drill", time.time() + DRAIN_SECONDS)
     elif fault.kind == "add":
@@ -204,14 +206,22 @@ def _befall(fault: Fault, node_id: str, cluster: Cluster, cpus: float) -> None:
 
 
 @contextmanager
-def _nodes(config: Config) -> Iterator[Cluster]:
+def _nodes(workers: int, cpus: int) -> Iterator[Cluster]:
     """A cluster here: a head that trains nothing, and a node for each worker."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS_PER_READ})
-    for _ in range(config.workers.maximum):
-        cluster.add_node(num_cpus=config.workers.cpus_per_worker)
+    # A node that is added from a thread can't set the handlers that would end it at exit.
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0}, shutdown_at_exit=False)
+    for _ in range(workers):
+        cluster.add_node(num_cpus=cpus)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="WARNING")
     try:
         yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def _alone_on_a_node(workers: Workers) -> tuple[Workers, int]:
+    """The same workers, each taking a node of so many CPUs but for what reading needs."""
+    # With two CPUs or more, what is left of a node is too little for a second worker.
+    cpus = max(2, math.ceil(workers.cpus_per_worker + CPUS_PER_READ))
+    return workers.model_copy(update={"cpus_per_worker": cpus - CPUS_PER_READ}), cpus

@@ -1,14 +1,16 @@
 """What Ray Train's elasticity leaves out; the only place that reaches into its internals.
 
-Ray Train counts nodes from a view that is up to 20 s old, ends a healthy group without a word when
+Ray Train counts nodes from a view that is up to 40 s old, ends a healthy group without a word when
 it resizes it, and charges a group that gave way by itself to the failures. Here it looks anew at
 every decision, leaves draining nodes out, asks the group to save before it is resized, and charges
 each end to the right budget.
 """
 
 import signal
+import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -25,11 +27,15 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
+from cat_ray.data.stream import CPUS_PER_READ
 from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
 from cat_ray.training.preemption import Notice
 from cat_ray.training.requests import NOTICES, ask_to_resize
 
 ANSWER_SECONDS = 5.0
+PROBE_SECONDS = 1.0
+PROBES = 32
+NODE_ID = "ray.io/node-id"
 HEAD = "node:__internal_head__"
 
 
@@ -41,6 +47,8 @@ def environment(start_seconds: float, stall_seconds: float) -> dict[str, str]:
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(stall_seconds),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(start_seconds),
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+        # Workers whose peer has died can't end their process group in good order.
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
     }
 
 
@@ -102,6 +110,7 @@ class Scaling(ElasticScalingPolicy):
         super().__init__(scaling_config)
         self._capacity_seconds = capacity_seconds
         self._waiting_since: float | None = None
+        self._gone: set[str] = set()
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """How many workers to start now.
@@ -135,6 +144,21 @@ class Scaling(ElasticScalingPolicy):
                 worker.actor.execute.remote(ask_to_resize)
         return NoopDecision()
 
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        """As many as there is room for, with a place left for reading data."""
+        count = super()._count_possible_workers(reserved_resources)
+        cpus = self.scaling_config._resources_per_worker_not_none.get("CPU", 0.0)
+        spare = ray.cluster_resources().get("CPU", 0.0) - count * cpus
+        # A group that took every CPU would wait for its data for ever.
+        return count if spare >= CPUS_PER_READ or not cpus else count - 1
+
+    def on_controller_start_worker_group(
+        self, *, scaling_config: Any, num_workers: int
+    ) -> dict[str, str] | None:
+        """Keeps a new group off nodes that Ray has not yet noticed to be gone."""
+        del scaling_config, num_workers
+        return {NODE_ID: f"!in({','.join(sorted(self._gone))})"} if self._gone else None
+
     def _get_reserved_resources(self) -> Any:
         now = time.monotonic()
         waited = now - self._latest_reserved_resources_query_time
@@ -144,12 +168,17 @@ class Scaling(ElasticScalingPolicy):
         return self._latest_reserved_resources
 
     def _usable(self) -> dict[str, dict[str, float]] | None:
+        """Resources by node, without nodes that are draining or don't answer."""
+        alive = [node for node in ray.nodes() if node["Alive"]]
         draining = ray._private.state.state.get_draining_nodes()  # pyright: ignore
-        if draining:
+        with ThreadPoolExecutor(PROBES) as pool:
+            answers = list(pool.map(_answers, alive))
+        self._gone = {n["NodeID"] for n, up in zip(alive, answers, strict=True) if not up}
+        if draining or self._gone:
             return {
                 node["NodeID"]: node["Resources"]
-                for node in ray.nodes()
-                if node["Alive"] and node["NodeID"] not in draining
+                for node in alive
+                if node["NodeID"] not in self._gone and node["NodeID"] not in draining
             }
         recompute = True
         try:
@@ -161,6 +190,17 @@ class Scaling(ElasticScalingPolicy):
             )
         except ray.exceptions.GetTimeoutError:
             return None
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Whether a node's raylet takes connections: Ray itself may need 20 s to find that out."""
+    try:
+        with socket.create_connection(
+            (node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=PROBE_SECONDS
+        ):
+            return True
+    except OSError:
+        return False
 
 
 class Budgets(DefaultFailurePolicy):

@@ -42,15 +42,15 @@ def decide(situations: Sequence[Situation], cause: str, margin: float, now: floa
     """What to do; `now` in unix seconds. A run whose driver's machine goes can only stop."""
     leaving = [s for s in situations if s.notice is not None]
     notice = earliest(s.notice for s in leaving if s.notice is not None)
-    left = None if notice is None or notice.deadline is None else notice.deadline - now
-    choice = choose_save(longest([s.times for s in situations]), left, margin)
-    if notice is not None:
-        reason = notice.reason
-    else:
+    if notice is None:
         reason = {"resize": "the number of nodes changed", "stop": "asked to stop"}[cause]
+        return Decision(cause, SaveChoice("storage", reason), f"{reason}: saving")
+    left = None if notice.deadline is None else notice.deadline - now
+    choice = choose_save(longest([s.times for s in situations]), left, margin)
     what = {"storage": "saving", "peer": "handing over", "none": "not saving"}[choice.kind]
     ends = any(s.with_driver for s in leaving)
-    return Decision("stop" if ends else cause, choice, f"{reason}: {what}, {choice.why}")
+    told = f"{notice.reason}: {what}, {choice.why}"
+    return Decision("stop" if ends else cause, choice, told)
 
 
 def longest(times: Sequence[SaveTimes]) -> SaveTimes:

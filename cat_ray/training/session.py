@@ -64,6 +64,7 @@ class Session:
         self.noise_stream = stream.due.noise_stream
         self.device = choose_device()
         self._stream = stream
+        self._batches = stream.batches()
         self._injector = injector
         self._run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
         self._broken = 0
@@ -117,6 +118,8 @@ class Session:
             self.draw_grid()
             self.evaluate()
         self._ledger.started()
+        # The first step waits for the first data: that may stall as well.
+        self._watchdog.beat()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
@@ -131,7 +134,7 @@ class Session:
 
     def batches(self) -> Iterator[Batch]:
         """This worker's part of every batch still due."""
-        return self.recorder.timed(self._stream.batches(), self._ledger)
+        return self.recorder.timed(self._batches, self._ledger)
 
     def draw_step(self, batch: Batch) -> StepDraws:
         """The random numbers of the step that trains on a batch."""

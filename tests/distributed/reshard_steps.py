@@ -1,5 +1,6 @@
-"""Run by test_reshard.py in each process: saves at every ZeRO stage, or loads what others saved."""
+"""Run by test_reshard.py in each process: makes or loads one state after another and saves it."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import safetensors.torch
 from engine_steps import CPU, save, step
 from torch import distributed
 
-from cat_ray.checkpoint.read import newest
+from cat_ray.checkpoint.read import resolve
 from cat_ray.config import parse
 from cat_ray.storage import locate
 from cat_ray.training.state import make_state
@@ -19,18 +20,22 @@ def main() -> None:
     distributed.init_process_group("gloo")
     text = (folder / "job.yaml").read_text()
     batches = safetensors.torch.load_file(folder / "batches.safetensors")
-    for name, zero_stage, source in json.loads(sys.argv[3]):
-        stages = [
-            f"optimisation.{n}.zero_stage={zero_stage}" for n in ("generator", "discriminator")
-        ]
+    for place, case in enumerate(json.loads(sys.argv[3])):
+        stages = [f"optimisation.{name}.zero_stage={case['stage']}" for name in case["networks"]]
         config = parse(text, "job", stages)
-        state = make_state(config, CPU, newest(locate(f"{folder}/{source}")) if source else None)
-        for at in range(0 if source is None else steps, steps):
+        source = resolve(locate(f"{folder}/{case['source']}")) if case["source"] else None
+        state = make_state(config, CPU, source)
+        if place == 0:
+            # By now all modules are loaded. DeepSpeed collects garbage with every engine, and
+            # looking through them each time would take longer than all else.
+            gc.freeze()
+        for at in range(steps if source else 0, steps):
             step(state, config, batches["images"][at], batches["labels"][at], at)
-        save(state, locate(f"{folder}/{name}"), steps * config.optimisation.batch_size)
-        # The same step for all: it shows whether the optimisers know how many they have taken.
-        step(state, config, batches["images"][steps], batches["labels"][steps], steps)
-        save(state, locate(f"{folder}/{name}-next"), (steps + 1) * config.optimisation.batch_size)
+        place, images = f"{folder}/{case['name']}", config.optimisation.batch_size
+        save(state, locate(place), steps * images)
+        if case["next"]:
+            step(state, config, batches["images"][steps], batches["labels"][steps], steps)
+            save(state, locate(f"{place}-next"), (steps + 1) * images)
     distributed.destroy_process_group()
 
 
