@@ -21,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+bench = typer.Typer(help="Measure speed, as ratios of two things in one run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 Endpoint = Annotated[
     str | None,
@@ -179,6 +181,22 @@ def verify_resume(job: Job, overrides: Overrides = None) -> None:
             Console().print(table)
         if not all(row.same for row in compared):
             raise typer.Exit(1)
+
+
+@bench.command("checkpoint")
+def bench_checkpoint(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A new or empty folder.")],
+    megabytes: Annotated[int, typer.Option(min=1, help="Size of the state.")] = 300,
+    repetitions: Annotated[int, typer.Option(min=1, help="Saves that are timed.")] = 5,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """How long a save holds training up, against one that is waited for."""
+    with _speaking_plainly():
+        from cat_ray.operations.bench_checkpoint import bench_checkpoint as measure
+        from cat_ray.operations.bench_checkpoint import bench_table
+
+        for table in bench_table(measure(locate(folder, endpoint_url), megabytes, repetitions)):
+            Console().print(table)
 
 
 @app.command()

@@ -13,6 +13,11 @@ from pathlib import Path
 import boto3
 import botocore.exceptions
 import pytest
+from torch import Tensor
+
+from cat_ray.checkpoint.layout import State
+from cat_ray.checkpoint.write import CheckpointWriter, Slice
+from cat_ray.storage import Location
 
 TINY_JOB = """
 run: {folder: FOLDER/run, total_images: 64}
@@ -42,6 +47,28 @@ def job_file(tmp_path: Path, tiny_job: str) -> Path:
     path = tmp_path / "job.yaml"
     path.write_text(tiny_job)
     return path
+
+
+SaveCheckpoint = Callable[[Location, State, dict[str, dict[str, Tensor]]], Location]
+
+
+@pytest.fixture(scope="session")
+def save_checkpoint() -> SaveCheckpoint:
+    """Saves groups of whole tensors, as a worker group of one does."""
+
+    def save(run: Location, state: State, groups: dict[str, dict[str, Tensor]]) -> Location:
+        writer = CheckpointWriter(run, "3f9a1c", rank=0, world_size=1)
+        slices = [
+            Slice(group, name, tuple(value.shape), 0, value.flatten())
+            for group, tensors in groups.items()
+            for name, value in tensors.items()
+        ]
+        writer.save(state, slices)
+        (saved,) = writer.wait()
+        writer.give_up()
+        return saved.location
+
+    return save
 
 
 def free_port() -> int:

@@ -81,7 +81,10 @@ def drill(config: Config, faults: Sequence[Fault]) -> Drilled:
     if run.sizes() or run.folders():
         raise BadInput(f"{run.uri} isn't empty: a drill begins a run of its own")
     reporting = config.reporting.model_copy(update={"sample_keys": True})
-    config = config.model_copy(update={"reporting": reporting})
+    # How many failures are survived is no question of a drill: all that it makes itself are.
+    budget = max(config.workers.max_failures, len(faults))
+    workers = config.workers.model_copy(update={"max_failures": budget})
+    config = config.model_copy(update={"reporting": reporting, "workers": workers})
     failure = ""
     with ExitStack() as around:
         if any(fault.kind not in BY_WORKER for fault in faults):

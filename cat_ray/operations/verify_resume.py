@@ -112,7 +112,9 @@ def _part(config: Config, name: str, total_images: int, workers: int) -> Config:
                     "total_images": total_images,
                 }
             ),
-            "workers": config.workers.model_copy(update={"minimum": workers, "maximum": workers}),
+            "workers": config.workers.model_copy(
+                update={"minimum": workers, "maximum": workers, "max_failures": SAVES}
+            ),
         }
     )
 

@@ -75,7 +75,8 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
     session = uuid.uuid4().hex[:8]
     try:
         if still_due().start < config.run.total_images:
-            with _stopping(run), cluster(config), Progress(run, session, config.run.total_images):
+            # Ray sets a handler for SIGTERM as it starts: ours comes after it.
+            with cluster(config), _stopping(run), Progress(run, session, config.run.total_images):
                 _fit(config, run, session, still_due, faults)
     except BadInput as error:
         write_outcome(run, "bad input", _images(run), str(error))

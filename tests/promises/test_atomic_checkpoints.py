@@ -65,7 +65,8 @@ def begin(group: list[CheckpointWriter], images: int) -> None:
 def save(run: Location, images: int, group: str = "3f9a1c", workers: int = 2) -> Location:
     saving = writers(run, group, workers)
     begin(saving, images)
-    return [writer.wait() for writer in saving][0][0].location
+    waited = [writer.wait() for writer in saving]
+    return waited[0][0].location
 
 
 def place(run: Location, images: int, group: str = "3f9a1c") -> Location:

@@ -77,7 +77,8 @@ def save(run: Location, saved: State, held: Groups, workers: int = WORKERS) -> L
     writers = [CheckpointWriter(run, "3f9a1c", rank, workers) for rank in range(workers)]
     for rank, writer in enumerate(writers):
         writer.save(saved, slices(held, rank, workers))
-    return [writer.wait() for writer in writers][0][0].location
+    waited = [writer.wait() for writer in writers]
+    return waited[0][0].location
 
 
 def local(place: Location) -> Path:

@@ -88,6 +88,10 @@ class Thread:
         except BaseException as error:
             self.error = error
 
+    def go_wrong(self, seconds: float) -> None:
+        """Gives it time to go on where it must not; to be right it needs none."""
+        self._thread.join(seconds)
+
     def end(self) -> BaseException | None:
         """What it raised."""
         self._thread.join(WAIT_SECONDS)
@@ -171,8 +175,7 @@ def test_no_more_saves_than_allowed_wait_for_the_disk(run, monkeypatch, pending)
             events.append("taken")
 
         another = Thread(one_more)
-        # Time enough to go wrong in; going right doesn't depend on it.
-        another._thread.join(0.2)
+        another.go_wrong(0.2)
         assert events == []
         gate.set()
         assert another.end() is None

@@ -21,7 +21,16 @@ model:
 objective: {consistency: {stage_weights: [1, 1, 1]}}
 optimisation: {batch_size: 16, lanes: 4}
 """
-FREE_SECTIONS = ("storage", "workers", "checkpoints", "reporting", "evaluation")
+FREE_SECTIONS = (
+    "storage",
+    "workers",
+    "preemption",
+    "checkpoints",
+    "health",
+    "cost",
+    "reporting",
+    "evaluation",
+)
 FREE_KEYS = {
     "run.folder",
     "run.total_images",

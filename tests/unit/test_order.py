@@ -85,7 +85,9 @@ class Planned(RankStream):
 
     def _window(self, start: int, stop: int) -> Batch:
         planned = np.asarray(flat(pieces(self.due.stream, self.lanes, start, stop)))
-        return Batch(planned[:, :, None, None], planned[:, 1], planned[:, 0].astype(str))
+        shards, members = planned.T
+        keys = np.asarray([f"{shard}/{member}" for shard, member in planned])
+        return Batch(planned[:, :, None, None], members, keys, shards.astype(str))
 
 
 def dealt_by_hand(stream: Stream, epochs: int) -> list[list[Sample]]:
@@ -157,6 +159,9 @@ def test_windows_of_any_size_change_no_batch(data):
         stop=stop,
         window=window,
         checkpoint=None,
+        worker_group="3f9a1c",
+        began=0.0,
+        noise_stream=0,
         index=Index(1, 1, (), "", ()),
         folder=locate("nowhere"),
         num_classes=1,
@@ -165,6 +170,7 @@ def test_windows_of_any_size_change_no_batch(data):
     expected = batches(stream, lanes, start, stop)
     assert [list(map(tuple, batch.images[..., 0, 0].tolist())) for batch in found] == expected
     assert [batch.labels.tolist() for batch in found] == [[m for _, m in b] for b in expected]
+    assert [batch.keys.tolist() for batch in found] == [[f"{n}/{m}" for n, m in b] for b in expected]
     assert [batch.broken.tolist() for batch in found] == [[str(n) for n, _ in b] for b in expected]
 
 

@@ -10,10 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from cat_ray.checkpoint.layout import GENERATOR, State
-from cat_ray.checkpoint.write import write_checkpoint
 from cat_ray.operations.identity import CONFIG_NAME
 from cat_ray.operations.journal import METRICS, read_rows
 from cat_ray.operations.report import GRIDS, GRIDS_SHOWN, write_report
@@ -118,13 +118,14 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+def page(tmp_path_factory: pytest.TempPathFactory, save_checkpoint) -> Page:
     """The page of a run after two sessions."""
     run = locate(str(tmp_path_factory.mktemp("report") / "run <1>"))
     (run / CONFIG_NAME).write(CONFIG.encode())
     write_rows(run, ROWS)
     write_grids(run, 3)
-    write_checkpoint(run, State(32, "digest", CONFIG, {"torch": "2.13<0"}), [(GENERATOR, {})])
+    state = State(32, 0, "digest", CONFIG, {"torch": "2.13<0"})
+    save_checkpoint(run, state, {GENERATOR: {"gain": torch.ones(1)}})
     return Page(run)
 
 

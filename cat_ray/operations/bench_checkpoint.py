@@ -1,0 +1,80 @@
+"""`cat-ray bench checkpoint`: how long a save holds training up, against a save that is waited for.
+
+Both are the same save of the same state by the same writer, in one run.
+"""
+
+import statistics
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+
+from cat_ray.checkpoint.layout import FOLDER, GENERATOR, State
+from cat_ray.checkpoint.write import CheckpointWriter, Slice
+from cat_ray.errors import BadInput
+from cat_ray.storage import Location
+
+BYTES_PER_ELEMENT = 4
+TENSORS = 100
+
+
+@dataclass(frozen=True)
+class Saves:
+    """Seconds of each repetition.
+
+    Attributes:
+        megabytes: of the state.
+        waited: from the call until the manifest is there: a synchronous save.
+        stalled: from the call until it returns: what training notices.
+    """
+
+    megabytes: int
+    waited: tuple[float, ...]
+    stalled: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """The median stall as a share of the median synchronous save."""
+        return statistics.median(self.stalled) / statistics.median(self.waited)
+
+
+def bench_checkpoint(folder: Location, megabytes: int, repetitions: int) -> Saves:
+    """Saves a state of random numbers into a folder, again and again, and removes it.
+
+    Raises:
+        BadInput: the folder isn't empty.
+    """
+    if folder.sizes() or folder.folders():
+        raise BadInput(f"{folder.uri} isn't empty: choose another folder")
+    length = megabytes * 10**6 // BYTES_PER_ELEMENT // TENSORS
+    slices = [
+        Slice(GENERATOR, f"tensor-{place}", (length,), 0, torch.randn(length))
+        for place in range(TENSORS)
+    ]
+    writer = CheckpointWriter(folder, uuid.uuid4().hex[:6], rank=0, world_size=1)
+    waited, stalled = [], []
+    # The first one is not counted: it makes the buffer, which later ones use again.
+    for repetition in range(repetitions + 1):
+        began = time.perf_counter()
+        writer.save(State(repetition, 0, "", "", {}), slices)
+        stall = time.perf_counter() - began
+        saved = writer.wait()[0]
+        if repetition:
+            stalled.append(stall)
+            waited.append(time.perf_counter() - began)
+        saved.location.delete_folder()
+    (folder / FOLDER).delete_folder()
+    return Saves(megabytes, tuple(waited), tuple(stalled))
+
+
+def bench_table(saves: Saves) -> Iterator[Table]:
+    """The figures, for a person: medians with the range."""
+    table = Table("", "median", "least", "most", title=f"{saves.megabytes} MB")
+    for name, seconds in (("synchronous save", saves.waited), ("training stands", saves.stalled)):
+        ordered = [statistics.median(seconds), min(seconds), max(seconds)]
+        table.add_row(name, *(f"{value:.3f} s" for value in ordered))
+    table.add_row("ratio", f"{saves.ratio:.1%}", "", "")
+    yield table
