@@ -13,12 +13,13 @@ class Agreement:
     """Adds up figures and wishes over the workers; every worker must call each method.
 
     Figures come one step late: their way from a GPU to the CPU is begun in their own step and
-    asked for in the next, so that no step waits for the device.
+    asked for in the next, so that no step waits for the device. `group` is a process group on the
+    CPU, None for the default one.
     """
 
     def __init__(self) -> None:
         on_cpu = distributed.get_backend() == "gloo"
-        self._group = None if on_cpu else distributed.new_group(backend="gloo")
+        self.group = None if on_cpu else distributed.new_group(backend="gloo")
         self._names: list[str] = []
         self._coming: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
@@ -51,12 +52,12 @@ class Agreement:
     def gather(self, value: T) -> list[T]:
         """Every worker's value, by rank."""
         values: list[T | None] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(values, value, group=self._group)
+        distributed.all_gather_object(values, value, group=self.group)
         return values  # pyright: ignore[reportReturnType]
 
     def barrier(self) -> None:
         """Waits for all workers."""
-        distributed.barrier(group=self._group)
+        distributed.barrier(group=self.group)
 
     def _sum(self, wishes: list[float]) -> tuple[dict[str, float] | None, list[float]]:
         if self._arrived is not None:
@@ -65,7 +66,7 @@ class Agreement:
         packed = torch.cat([late, torch.tensor(wishes)])
         if not len(packed):
             return None, []
-        distributed.all_reduce(packed, group=self._group)
+        distributed.all_reduce(packed, group=self.group)
         values = packed.tolist()
         figures = dict(zip(self._names, values[: len(late)], strict=True)) if len(late) else None
         return figures, values[len(late) :]

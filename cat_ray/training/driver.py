@@ -180,7 +180,11 @@ def _fit(
             name=RAY_FOLDER,
             storage_path=run.path,
             storage_filesystem=run.filesystem,
-            failure_config=FailureConfig(max_failures=workers.max_failures),
+            failure_config=FailureConfig(
+                max_failures=workers.max_failures,
+                # Workers that stay may still upload what was handed to them.
+                preemption_grace_s=workers.stall_seconds,
+            ),
             callbacks=[GroupClock(), TerminationSignal()],  # pyright: ignore[reportArgumentType]
         ),
         datasets={DATASET_NAME: still_due},  # pyright: ignore[reportArgumentType]

@@ -47,6 +47,8 @@ def decide(situations: Sequence[Situation], cause: str, margin: float, now: floa
         return Decision(cause, SaveChoice("storage", reason), f"{reason}: saving")
     left = None if notice.deadline is None else notice.deadline - now
     choice = choose_save(longest([s.times for s in situations]), left, margin)
+    if choice.kind == "peer" and len(leaving) == len(situations):
+        choice = SaveChoice("none", f"{choice.why}, and no worker stays")
     what = {"storage": "saving", "peer": "handing over", "none": "not saving"}[choice.kind]
     ends = any(s.with_driver for s in leaving)
     told = f"{notice.reason}: {what}, {choice.why}"

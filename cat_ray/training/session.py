@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 import ray
 from torch import Tensor, distributed
 
-from cat_ray.checkpoint.layout import State
+from cat_ray.checkpoint.layout import FOLDER, MANIFEST, State, folder_name
 from cat_ray.checkpoint.retain import drop_old
 from cat_ray.checkpoint.write import CheckpointWriter, Saved
 from cat_ray.config import Config, dump
@@ -28,6 +28,7 @@ from cat_ray.training.elasticity import RayDrain, drain_node, on_head_node
 from cat_ray.training.engines import choose_device
 from cat_ray.training.faults import Injector
 from cat_ray.training.giving_way import WISHES, Situation, decide
+from cat_ray.training.hand_over import hand_over
 from cat_ray.training.health import (
     Health,
     Limits,
@@ -38,7 +39,7 @@ from cat_ray.training.health import (
     roll_back_message,
 )
 from cat_ray.training.monitor import Monitor
-from cat_ray.training.preemption import Poller, SaveTimes
+from cat_ray.training.preemption import Poller, SaveTimes, partners
 from cat_ray.training.recorder import Recorder
 from cat_ray.training.requests import NOTICES, RESIZE, STOP, StopFile
 from cat_ray.training.state import make_state, state_slices
@@ -46,6 +47,7 @@ from cat_ray.training.watchdog import Watchdog, end_process
 from cat_ray.versions import versions
 
 DRAIN_POLL_SECONDS = 0.5
+COMMIT_POLL_SECONDS = 0.5
 
 
 def due(images: int, every_images: int, config: Config) -> bool:
@@ -88,16 +90,7 @@ class Session:
         self.adversaries = self._state.adversaries
         self.averages = self._state.averages
         self._agreement = Agreement()
-        self._writer = CheckpointWriter(
-            self._run,
-            group,
-            rank,
-            world_size,
-            config.checkpoints.pending_saves,
-            config.checkpoints.retry_seconds,
-            config.checkpoints.local_folder,
-            committed=self._committed,
-        )
+        self._writer = self._make_writer(rank)
         self._watchdog = Watchdog(config.workers.stall_seconds, end_process(self._run, rank))
         self._journal = self._open_journal(name) if rank == 0 else None
         self._monitor = Monitor(
@@ -224,16 +217,32 @@ class Session:
         if self._health.bad:
             return
         with self._aside("save_stall"):
-            state = State(
-                images=self.images,
-                noise_stream=self.noise_stream,
-                data_digest=self._stream.due.index.digest(),
-                config=dump(self.config),
-                versions=versions(),
-            )
-            self._writer.save(state, state_slices(self._state))
+            self._writer.save(self._place(), state_slices(self._state))
         self._saved_images = self.images
         self._ledger.note(self.images)
+
+    def _place(self) -> State:
+        return State(
+            images=self.images,
+            noise_stream=self.noise_stream,
+            data_digest=self._stream.due.index.digest(),
+            config=dump(self.config),
+            versions=versions(),
+        )
+
+    def _make_writer(self, rank: int) -> CheckpointWriter:
+        """A writer of the part of this worker, or of one that it saves for."""
+        checkpoints = self.config.checkpoints
+        return CheckpointWriter(
+            self._run,
+            self._stream.due.worker_group,
+            rank,
+            distributed.get_world_size(),
+            checkpoints.pending_saves,
+            checkpoints.retry_seconds,
+            checkpoints.local_folder,
+            committed=self._committed,
+        )
 
     def _judge(self, figures: dict[str, float] | None) -> None:
         if figures is None:
@@ -262,14 +271,38 @@ class Session:
         decision = self._agreement.gather(decide(situations, cause, margin, time.time()))[0]
         if self._journal is not None:
             self._journal.append(EVENT, self.images, message=decision.told)
-        if decision.choice.kind == "storage":
-            self.save()
-            self.finish()
         if notice is not None and decision.cause == "preemption":
             # Whoever told of it, Ray must know: nothing is to start here again.
             here = ray.get_runtime_context().get_node_id()
             drain_node(here, notice.reason, notice.deadline)
+        if decision.choice.kind == "storage":
+            self.save()
+            self.finish()
+        if decision.choice.kind == "peer":
+            self._save_by_those_who_stay({r for r, s in enumerate(situations) if s.notice})
         raise GaveWay(decision.cause, decision.told)
+
+    def _save_by_those_who_stay(self, leaving: set[int]) -> None:
+        self._judge(self._agreement.settle())
+        if self._health.bad:
+            return
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        slices = state_slices(self._state)
+        partner_of = partners(world_size, frozenset(leaving))
+        with self._aside("save_stall"):
+            parts = hand_over(slices, partner_of, self._agreement.group)
+            if rank not in leaving:
+                parts[rank] = slices
+            writers = {owner: self._make_writer(owner) for owner in parts}
+            for owner, part in parts.items():
+                writers[owner].save(self._place(), part)
+            for writer in writers.values():
+                writer.wait()
+            # Whoever leaves waits here until its machine is gone: were it to end before the others
+            # are done, Ray would end them.
+            folder = self._run / FOLDER / folder_name(self.images, self._stream.due.worker_group)
+            while not (folder / MANIFEST).exists():
+                time.sleep(COMMIT_POLL_SECONDS)
 
     def _note_saves(self, saves: list[Saved]) -> None:
         for saved in saves:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
@@ -46,6 +46,7 @@ ORDERS = {"one worker": [0], "two, the first last": [1, 0], "two, the first firs
 
 
 def writers(run: Location, group: str, workers: int, **options: object) -> list[CheckpointWriter]:
+    options = {"retry_seconds": WAIT_SECONDS / 2, **options}
     return [
         CheckpointWriter(run, group, rank, workers, **options)  # pyright: ignore[reportArgumentType]
         for rank in range(workers)
@@ -65,8 +66,9 @@ def begin(group: list[CheckpointWriter], images: int) -> None:
 def save(run: Location, images: int, group: str = "3f9a1c", workers: int = 2) -> Location:
     saving = writers(run, group, workers)
     begin(saving, images)
-    waited = [writer.wait() for writer in saving]
-    return waited[0][0].location
+    # The first one last: it waits for the others, and they might have failed.
+    waited = [writer.wait() for writer in reversed(saving)]
+    return waited[-1][0].location
 
 
 def place(run: Location, images: int, group: str = "3f9a1c") -> Location:
@@ -98,6 +100,22 @@ def ended(act: Callable[[], object]) -> BaseException | None:
     thread.join(WAIT_SECONDS)
     assert not thread.is_alive(), "it hangs"
     return raised[0] if raised else None
+
+
+@pytest.fixture(autouse=True)
+def nobody_left_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ends what a test that fails has under way, which would keep the interpreter from ending."""
+    made: list[CheckpointWriter] = []
+    plain = CheckpointWriter.__init__
+
+    def noted(writer: CheckpointWriter, *arguments: object, **options: object) -> None:
+        plain(writer, *arguments, **options)  # pyright: ignore[reportArgumentType]
+        made.append(writer)
+
+    monkeypatch.setattr(CheckpointWriter, "__init__", noted)
+    yield
+    for writer in made:
+        writer.give_up()
 
 
 @pytest.fixture
@@ -277,7 +295,8 @@ def test_on_object_storage_two_workers_save_check_and_keep_few(remote_run, tmp_p
     saving = writers(run, "3f9a1c", 2, local_folder=str(tmp_path))
     for images in (32, 64, 96):
         begin(saving, images)
-        places += [saved.location for writer in saving for saved in writer.wait()][:1]
+        waited = [writer.wait() for writer in reversed(saving)]
+        places.append(waited[-1][0].location)
     assert [folder.path for folder in (run / FOLDER).folders()] == [at.path for at in places]
     for images, checkpoint in zip((32, 64, 96), places, strict=True):
         check(checkpoint, images)

@@ -77,8 +77,9 @@ def save(run: Location, saved: State, held: Groups, workers: int = WORKERS) -> L
     writers = [CheckpointWriter(run, "3f9a1c", rank, workers) for rank in range(workers)]
     for rank, writer in enumerate(writers):
         writer.save(saved, slices(held, rank, workers))
-    waited = [writer.wait() for writer in writers]
-    return waited[0][0].location
+    # The first one last: it waits for the others, and they might have failed.
+    waited = [writer.wait() for writer in reversed(writers)]
+    return waited[-1][0].location
 
 
 def local(place: Location) -> Path:

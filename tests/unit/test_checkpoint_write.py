@@ -99,6 +99,22 @@ class Thread:
         return self.error
 
 
+@pytest.fixture(autouse=True)
+def nobody_left_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ends what a test that fails has under way, which would keep the interpreter from ending."""
+    made: list[CheckpointWriter] = []
+    plain = CheckpointWriter.__init__
+
+    def noted(writer: CheckpointWriter, *arguments: object, **options: object) -> None:
+        plain(writer, *arguments, **options)  # pyright: ignore[reportArgumentType]
+        made.append(writer)
+
+    monkeypatch.setattr(CheckpointWriter, "__init__", noted)
+    yield
+    for writer in made:
+        writer.give_up()
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Location:
     return locate(str(tmp_path / "run"))

@@ -1,5 +1,7 @@
-"""The command line: plain words, exit code 2 for what the user can mend, no traceback."""
+"""The command line: plain words, an exit code that tells what can be done, no traceback."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,13 +10,41 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from cat_ray.checkpoint.layout import DISCRIMINATOR, GENERATOR, State, average_file
-from cat_ray.checkpoint.write import write_checkpoint
+from cat_ray.checkpoint.layout import (
+    DISCRIMINATOR,
+    FOLDER,
+    GENERATOR,
+    MANIFEST,
+    State,
+    average_group,
+    folder_name,
+    part_file,
+    slice_file,
+)
 from cat_ray.cli import app
 from cat_ray.config import dump, parse
+from cat_ray.errors import BadInput, RunFailed, Unfinished
 from cat_ray.model.build import build_generator
+from cat_ray.operations import drill, verify_resume
+from cat_ray.operations.cost import NO_PRICES
+from cat_ray.operations.drill import Drilled, Recovery
+from cat_ray.operations.goodput import BINS, LEDGER, Row
 from cat_ray.operations.identity import CONFIG_NAME
+from cat_ray.operations.verify_resume import Compared
 from cat_ray.storage import Location, locate
+from cat_ray.training import driver
+from cat_ray.training.faults import Fault
+
+COMMANDS = (
+    "train",
+    "prepare",
+    "sample",
+    "inspect",
+    "cost",
+    "drill",
+    "verify-resume",
+    "report",
+)
 
 
 def call(*arguments: object) -> Result:
@@ -39,17 +69,17 @@ def refuse(*arguments: object) -> str:
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiny_job: str) -> Location:
+def run(tmp_path: Path, tiny_job: str, save_checkpoint) -> Location:
     """A run folder with a checkpoint after 48 images and an unfinished one after 64."""
     config = parse(tiny_job, "job.yaml")
     place = locate(str(tmp_path / "run"))
     (place / CONFIG_NAME).write(dump(config).encode())
     torch.manual_seed(0)
     weights = build_generator(config).state_dict()
-    files = [(name, weights) for name in (GENERATOR, average_file(0.9), average_file(0.5))]
-    files.append((DISCRIMINATOR, {"logit": torch.zeros(3)}))
-    write_checkpoint(place, State(48, "digest", dump(config), {"torch": "9.8.7"}), files)
-    (place / "checkpoints" / "images-000000000064" / GENERATOR).write(b"half")
+    names = (GENERATOR, average_group(0.9), average_group(0.5))
+    groups = {**dict.fromkeys(names, weights), DISCRIMINATOR: {"logit": torch.zeros(3)}}
+    save_checkpoint(place, State(48, 0, "digest", dump(config), {"torch": "9.8.7"}), groups)
+    (place / FOLDER / folder_name(64, "3f9a1c") / slice_file(GENERATOR, 0, 1)).write(b"half")
     return place
 
 
@@ -61,10 +91,10 @@ def test_the_help_lists_the_commands(arguments):
     result = call(*arguments)
     assert result.exit_code == (0 if arguments else 2)
     words = result.output.split()
-    assert all(command in words for command in ("train", "prepare", "sample", "inspect", "report"))
+    assert all(command in words for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["train", "prepare", "sample", "inspect", "report"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_a_help(command):
     assert f"cat-ray {command}" in succeed(command, "--help")
 
@@ -105,6 +135,86 @@ def test_every_override_counts(job_file):
     assert "run.b" in line
 
 
+# How training ends.
+
+FAILURES = [(RunFailed, 1), (BadInput, 2), (Unfinished, 75)]
+
+
+@pytest.mark.parametrize(("error", "code"), FAILURES)
+@pytest.mark.parametrize(
+    ("module", "name", "command"),
+    [
+        (driver, "train", "train"),
+        (drill, "drill", "drill"),
+        (verify_resume, "verify_resume", "verify-resume"),
+    ],
+)
+def test_a_run_that_ends_early_is_one_line_with_its_own_exit_code(
+    job_file, monkeypatch, module, name, command, error, code
+):
+    def ends(*_: object) -> None:
+        raise error("told why")
+
+    monkeypatch.setattr(module, name, ends)
+    result = call(command, job_file)
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", "cat-ray: told why\n")
+    assert isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize("schedule", ["nonsense", "kill@32,crash@64", "kill"])
+def test_a_schedule_that_can_not_be_read_is_one_line(job_file, tmp_path, schedule):
+    line = refuse("drill", job_file, "--schedule", schedule)
+    assert line.startswith(f"--schedule {schedule.split(',')[-1]}: write kind@images")
+    assert "raise, kill, stop" in line
+    assert list(tmp_path.iterdir()) == [job_file]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), ["raise", "kill", "stop", "refuse", "truncate"]),
+        (("--schedule", "kill@64,refuse@32:1"), ["refuse", "kill"]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("came", "kept", "code", "words"),
+    [
+        (True, True, 0, ["pass", "2.5 s"]),
+        (True, False, 1, ["FAIL", "2.5 s"]),
+        (False, True, 1, ["pass", "never came"]),
+    ],
+)
+def test_a_drill_passes_if_all_came_and_every_promise_was_kept(
+    job_file, monkeypatch, options, expected, came, kept, code, words
+):
+    asked = []
+
+    def found(config: object, faults: tuple[Fault, ...]) -> Drilled:
+        asked.extend(fault.kind for fault in faults)
+        recovery = Recovery(faults[0], 1.0 if came else None, 2.5, 16)
+        return Drilled((recovery,), (("the run reached its end", kept, "64"),))
+
+    monkeypatch.setattr(drill, "drill", found)
+    result = call("drill", job_file, *options)
+    assert (result.exit_code, result.stderr) == (code, "")
+    assert asked == expected
+    assert all(word in result.stdout for word in words)
+
+
+@pytest.mark.parametrize(
+    ("same", "code", "mark"), [((True, True), 0, "pass"), ((True, False), 1, "FAIL")]
+)
+def test_resumption_is_verified_if_nothing_differs(job_file, monkeypatch, same, code, mark):
+    rows = [
+        Compared("3 kills, 2 workers", what, "found", "allowed", each)
+        for what, each in zip(("samples", "generator"), same, strict=True)
+    ]
+    monkeypatch.setattr(verify_resume, "verify_resume", lambda config: rows)
+    result = call("verify-resume", job_file)
+    assert (result.exit_code, result.stderr) == (code, "")
+    assert mark in result.stdout
+
+
 # Samples.
 
 
@@ -135,7 +245,7 @@ def test_sample_repeats_itself_for_a_seed(run, tmp_path):
         (["--classes", "10"], "class 10 doesn't exist: there are 0 to 9"),
         (["--classes", "0,-1"], "class -1 doesn't exist"),
         (["--classes", "a,b"], "--classes a,b: write class ids separated by commas"),
-        (["--decay", "0.7"], "has no generator.average-0.7.safetensors"),
+        (["--decay", "0.7"], "has no generator.average-0.7, it has"),
     ],
 )
 def test_sample_refuses_what_the_checkpoint_does_not_have(run, tmp_path, arguments, told):
@@ -167,16 +277,18 @@ def test_an_endpoint_without_http_is_one_line():
 
 def test_inspect_shows_images_seen_and_every_file(run):
     told = succeed("inspect", run.uri)
-    assert f"{run.uri}/checkpoints/images-000000000048" in told
+    checkpoint = run / FOLDER / folder_name(48, "3f9a1c")
+    assert checkpoint.uri in told
     assert "images seen 48 of 64" in told
     assert "averages [0.9, 0.5]" in told
     assert "torch 9.8.7" in told
-    files = [path for path in Path(f"{run.path}/checkpoints/images-000000000048").iterdir()]
-    assert len(files) == 6
-    for path in files:
-        if path.name != "manifest.json":
-            assert f" {path.name} " in told
-            assert f" {path.stat().st_size:,} " in told
+    sizes = checkpoint.sizes()
+    assert len(sizes) == 7
+    for name, size in sizes.items():
+        # The manifest lists neither itself nor the records that it joins.
+        if name not in (MANIFEST, part_file(0, 1)):
+            assert f" {name} " in told
+            assert f" {size:,} " in told
 
 
 def test_report_writes_the_page_and_says_where(run):
@@ -188,6 +300,72 @@ def test_report_refuses_a_folder_that_is_no_run(tmp_path):
     line = refuse("report", tmp_path)
     assert line == f"{tmp_path} is no run folder: it has no config.resolved.yaml"
     assert list(tmp_path.iterdir()) == []
+
+
+# Cost.
+
+
+@pytest.fixture
+def paid(run: Location) -> Location:
+    """The same run with a ledger: two workers for half an hour each, 48 images."""
+    for rank in range(2):
+        rows = [
+            Row("3f9a1c", rank, 2, 0.0, 0.0, 0, dict.fromkeys(BINS, 0.0)),
+            Row(
+                *("3f9a1c", rank, 2, 0.0, 1800.0, 48),
+                {**dict.fromkeys(BINS, 0.0), "start": 360.0, "train": 1440.0},
+                "finished",
+            ),
+        ]
+        content = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
+        (run / LEDGER / f"3f9a1c-{rank:04d}.jsonl").write(content.encode())
+    return run
+
+
+def set_prices(run: Location, tiny_job: str, *prices: str) -> None:
+    (run / CONFIG_NAME).write(dump(parse(tiny_job, "job.yaml", prices)).encode())
+
+
+def test_cost_without_prices_is_time(paid):
+    told = succeed("cost", paid.uri)
+    assert "48 images, 1 group of 2 workers" in told
+    assert "goodput 80.0%" in told
+    assert NO_PRICES in told
+    assert "$" not in told
+
+
+def test_cost_with_the_runs_own_prices_is_money(paid, tiny_job):
+    prices = ("cost.spot_per_gpu_hour=1.5", "cost.on_demand_per_gpu_hour=4")
+    set_prices(paid, tiny_job, *prices)
+    told = succeed("cost", paid.uri)
+    (total,) = [line for line in told.splitlines() if line.startswith("│ total ")]
+    assert [word for word in total.split() if word != "│"][1:] == [
+        "3,600.0",
+        "100.0%",
+        "$1.5000",
+        "$4.0000",
+    ]
+    # Eight tenths of an hour are needed, a whole one was paid for.
+    assert "on demand without any loss $3.2000, spot $1.5000: spot saved $1.7000" in told
+
+
+@pytest.mark.parametrize(
+    ("prices", "bills"), [((), {}), (("cost.spot_per_gpu_hour=1.5",), {"spot": 1.5})]
+)
+def test_cost_tells_a_script_the_same_as_json(paid, tiny_job, prices, bills):
+    set_prices(paid, tiny_job, *prices)
+    content = json.loads(succeed("cost", paid.uri, "--json"))
+    assert content["worker_seconds"]["total"] == 3600
+    assert {name: each["total"] for name, each in content["bills"].items()} == bills
+
+
+def test_cost_of_a_run_before_its_first_row_is_nothing(run):
+    assert "no worker group yet" in succeed("cost", run.uri)
+
+
+def test_cost_refuses_a_folder_that_is_no_run(tmp_path):
+    line = refuse("cost", tmp_path)
+    assert line == f"{tmp_path} is no run folder: it has no config.resolved.yaml"
 
 
 # Preparation.

@@ -33,7 +33,7 @@ from cat_ray.training.faults import (
 )
 
 STEP = 16
-some = settings(max_examples=150, deadline=None, derandomize=True)
+some = settings(max_examples=80, deadline=None, derandomize=True)
 
 
 @pytest.fixture(autouse=True)

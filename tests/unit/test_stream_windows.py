@@ -1,0 +1,85 @@
+"""The windows in which a worker reads what is due: all of it, in order, the first ones small."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cat_ray.data.index import Index
+from cat_ray.data.order import Stream
+from cat_ray.data.stream import FIRST_WINDOW_BATCHES, Due, windows_of
+from cat_ray.storage import locate
+
+BATCH = 16
+some = settings(max_examples=200, deadline=None, derandomize=True)
+
+
+def due(start: int, stop: int, window: int, batch: int = BATCH) -> Due:
+    """What is due between two places, all in batches."""
+    return Due(
+        stream=Stream(seed=0, counts=(1,), batch_size=batch, lanes=1),
+        start=start * batch,
+        stop=stop * batch,
+        window=window * batch,
+        checkpoint=None,
+        worker_group="3f9a1c",
+        began=0.0,
+        noise_stream=0,
+        index=Index(1, 1, (), "", ()),
+        folder=locate("nowhere"),
+        num_classes=1,
+    )
+
+
+places = st.tuples(st.integers(0, 2000), st.integers(0, 2000)).map(sorted)
+windows = st.integers(1, 500)
+
+
+@some
+@given(places, windows, st.integers(1, 512))
+def test_windows_cover_what_is_due_without_gap_or_overlap(place, window, batch):
+    start, stop = place
+    found = list(windows_of(due(start, stop, window, batch)))
+    at = start * batch
+    for first, beyond in found:
+        assert first == at < beyond
+        at = beyond
+    assert at == stop * batch
+
+
+@some
+@given(places, windows, st.integers(1, 512))
+def test_windows_are_whole_batches_and_never_larger_than_asked_for(place, window, batch):
+    for first, beyond in windows_of(due(*place, window, batch)):
+        assert first % batch == beyond % batch == 0
+        assert beyond - first <= window * batch
+
+
+@some
+@given(places, windows)
+def test_the_first_windows_are_small_and_grow_until_they_are_as_large_as_asked_for(place, window):
+    start, stop = place
+    sizes = [(beyond - first) // BATCH for first, beyond in windows_of(due(start, stop, window))]
+    if sizes:
+        assert sizes[0] == min(FIRST_WINDOW_BATCHES, window, stop - start)
+    for size, following in pairwise(sizes[:-1]):
+        assert following == min(2 * size, window)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "window", "expected"),
+    [
+        (0, 0, 10, []),
+        (7, 7, 10, []),
+        (0, 1, 10, [0, 1]),
+        (5, 8, 10, [5, 8]),
+        (0, 100, 32, [0, 4, 12, 28, 60, 92, 100]),
+        (3, 23, 10, [3, 7, 15, 23]),
+        (0, 5, 1, [0, 1, 2, 3, 4, 5]),
+        (0, 9, 3, [0, 3, 6, 9]),
+    ],
+)
+def test_windows_of_small_runs(start, stop, window, expected):
+    found = [(a // BATCH, b // BATCH) for a, b in windows_of(due(start, stop, window))]
+    assert found == list(pairwise(expected))
