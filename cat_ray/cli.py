@@ -97,13 +97,22 @@ def sample(
 
 
 @app.command()
-def inspect(checkpoint: Checkpoint, endpoint_url: Endpoint = None) -> None:
-    """Show what a checkpoint holds."""
+def inspect(
+    checkpoint: Checkpoint,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file.")] = False,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Show what a checkpoint holds, and whether it is undamaged."""
     with _speaking_plainly():
         from cat_ray.checkpoint.layout import read_manifest
         from cat_ray.checkpoint.read import read_config, read_state, resolve
+        from cat_ray.checkpoint.read import verify as damages
 
         place = resolve(locate(checkpoint, endpoint_url))
+        if verify and (damaged := damages(place)):
+            raise BadInput(
+                f"{'; '.join(damaged)}: a run in this folder goes on from the checkpoint before it"
+            )
         state, config = read_state(place), read_config(place)
         table = Table("file", "bytes", "sha256", title=place.uri, title_justify="left")
         for record in read_manifest(place) or ():
@@ -113,11 +122,14 @@ def inspect(checkpoint: Checkpoint, endpoint_url: Endpoint = None) -> None:
         size = config.model.generator.size
         console.print(
             f"images seen {state.images:,} of {config.run.total_images:,}, "
-            f"seed {config.run.seed}, averages {list(config.optimisation.ema_decays)}, "
+            f"seed {config.run.seed}, noise stream {state.noise_stream}, "
+            f"averages {list(config.optimisation.ema_decays)}, "
             f"generator {size if isinstance(size, str) else size.model_dump()}"
             f"/{config.model.generator.patch} at {config.model.resolution} px"
         )
         console.print(", ".join(f"{name} {version}" for name, version in state.versions.items()))
+        if verify:
+            console.print("every file has the sha256 of the manifest")
 
 
 @app.command()
@@ -161,7 +173,10 @@ def drill(
         from cat_ray.training.faults import parse_schedule
 
         config = configuration.load(job, overrides or ())
-        faults = parse_schedule(schedule) if schedule else default_schedule(config)
+        if schedule:
+            faults = parse_schedule(schedule)
+        else:
+            config, faults = default_schedule(config)
         found = run_drill(config, faults)
         for table in drill_tables(found):
             Console().print(table)
@@ -173,7 +188,7 @@ def drill(
 def verify_resume(job: Job, overrides: Overrides = None) -> None:
     """Train a job's first steps undisturbed, killed and resized; compare what comes out."""
     with _speaking_plainly():
-        from cat_ray.operations.verify_resume import comparison_tables
+        from cat_ray.operations.comparison import comparison_tables
         from cat_ray.operations.verify_resume import verify_resume as compare
 
         compared = compare(configuration.load(job, overrides or ()))

@@ -15,6 +15,8 @@ LEASE_SECONDS = 3600.0
 
 logger = logging.getLogger(__name__)
 
+logger = logging.getLogger(__name__)
+
 
 def images_of(name: str) -> int:
     """Images seen of a checkpoint, from its folder's name."""
@@ -61,11 +63,18 @@ def drop_old(
 def lease(checkpoint: Location, seconds: float = LEASE_SECONDS) -> Iterator[None]:
     """Keeps a checkpoint from being deleted for as long as the block lasts, at most so long.
 
+    Where its storage can't be written to, it is read without, and a warning says so.
+
     Raises:
-        BadInput: the checkpoint is gone already, or its storage can't be written to.
+        BadInput: the checkpoint is gone already.
     """
     place = checkpoint / f"lease-{uuid.uuid4().hex[:8]}.json"
-    place.write(json.dumps({"until": time.time() + seconds}).encode())
+    try:
+        place.write(json.dumps({"until": time.time() + seconds}).encode())
+    except BadInput as error:
+        logger.warning("no lease, a training run may delete what is being read: %s", error)
+        yield
+        return
     try:
         if not (checkpoint / MANIFEST).exists():
             raise BadInput(f"{checkpoint.uri} was deleted while it was being opened: try again")

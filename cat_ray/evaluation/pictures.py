@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from cat_ray.checkpoint.read import load_generator, resolve
+from cat_ray.checkpoint.retain import lease
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.grid import grid, to_image, to_png
 from cat_ray.evaluation.sampling import latents, sample_stages, to_pixels
@@ -31,7 +32,8 @@ def write_pictures(
     if out.sizes():
         raise BadInput(f"{out.uri} isn't empty: choose another --out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = load_generator(place, decay, device)
+    with lease(place):
+        generator = load_generator(place, decay, device)
     shape = generator.shape
     chosen = list(range(shape.num_classes)) if classes is None else list(classes)
     outside = [label for label in chosen if not 0 <= label < shape.num_classes]

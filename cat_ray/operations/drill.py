@@ -16,6 +16,7 @@ from cat_ray.config import Config, Workers
 from cat_ray.data.index import read_index
 from cat_ray.data.stream import CPUS_PER_READ
 from cat_ray.errors import BadInput, RunFailed
+from cat_ray.operations.comparison import compare, starts_of, tolerance
 from cat_ray.operations.goodput import Row, read_ledger
 from cat_ray.operations.sample_keys import repeated, trained_on
 from cat_ray.storage import Location, locate
@@ -26,6 +27,9 @@ from cat_ray.training.faults import BY_WORKER, Fault, strike_of
 POLL_SECONDS = 0.1
 DRAIN_SECONDS = 60.0
 GOES_ON = ("refuse",)
+STEPS_BETWEEN_SAVES = 8
+# A drill doesn't wait long for a stalled step to be found out.
+STALL_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -59,44 +63,58 @@ class Drilled:
         return came and all(kept for _, kept, _ in self.promises)
 
 
-def default_schedule(config: Config) -> tuple[Fault, ...]:
-    """One fault of each kind that a worker can do to itself, two saves apart."""
-    apart = 2 * config.checkpoints.save_every_images + config.optimisation.batch_size
+def default_schedule(config: Config) -> tuple[Config, tuple[Fault, ...]]:
+    """One fault of each kind that a worker can do to itself, two saves apart, and a job to fit."""
+    batch = config.optimisation.batch_size
+    save_every = STEPS_BETWEEN_SAVES * batch
+    apart = 2 * save_every + batch
     last = config.workers.minimum - 1
-    return tuple(
+    faults = tuple(
         Fault(kind, apart * (place + 1), 0 if kind in ("refuse", "truncate") else last)
         for place, kind in enumerate(BY_WORKER)
     )
+    checkpoints = config.checkpoints.model_copy(update={"save_every_images": save_every})
+    run = config.run.model_copy(update={"total_images": apart * (len(faults) + 1)})
+    return config.model_copy(update={"checkpoints": checkpoints, "run": run}), faults
 
 
 def drill(config: Config, faults: Sequence[Fault]) -> Drilled:
-    """Trains the job from its beginning with the faults, and looks at what it left behind.
+    """Trains the job from its beginning, with the faults and without, and compares.
 
-    For faults of nodes a cluster of one node for each worker is made on this machine.
+    For faults of nodes a cluster of one node for each worker is made on this machine. Both runs
+    lie in a folder beside the job's own.
 
     Raises:
-        BadInput: the job can't be used, or the run's folder isn't empty.
+        BadInput: the job can't be used, or the folder isn't empty.
     """
-    run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
+    faulty, undisturbed = (
+        _drilled(config, name, len(faults)) for name in ("faults", "undisturbed")
+    )
+    run = locate(faulty.run.folder, config.storage.endpoint_url, config.storage.region)
     if run.sizes() or run.folders():
         raise BadInput(f"{run.uri} isn't empty: a drill begins a run of its own")
-    reporting = config.reporting.model_copy(update={"sample_keys": True})
-    # How many failures are survived is no question of a drill: all that it makes itself are.
-    budget = max(config.workers.max_failures, len(faults))
-    workers = config.workers.model_copy(update={"max_failures": budget})
-    config = config.model_copy(update={"reporting": reporting, "workers": workers})
     failure = ""
+    of_nodes = any(fault.kind not in BY_WORKER for fault in faults)
     with ExitStack() as around:
-        if any(fault.kind not in BY_WORKER for fault in faults):
-            workers, cpus = _alone_on_a_node(config.workers)
-            config = config.model_copy(update={"workers": workers})
+        if of_nodes:
+            workers, cpus = _alone_on_a_node(faulty.workers)
+            faulty = faulty.model_copy(update={"workers": workers})
             nodes = around.enter_context(_nodes(workers.maximum, cpus))
             around.enter_context(_node_faults(run, faults, nodes, cpus))
         try:
-            train(config, faults)
+            train(faulty, faults)
         except RunFailed as error:
             failure = str(error)
-    return _findings(config, run, faults, failure)
+    promises = _findings(faulty, run, failure)
+    if all(kept for _, kept, _ in promises):
+        train(undisturbed)
+        other = locate(undisturbed.run.folder, config.storage.endpoint_url, config.storage.region)
+        allowed = tolerance(faulty) if of_nodes else None
+        compared = compare("", other, run, allowed)
+        promises += [(f"same: {row.what}", row.same, row.measured) for row in compared]
+    rows = read_ledger(run)
+    recoveries = (_recovery(run, rows, place, fault) for place, fault in enumerate(faults))
+    return Drilled(tuple(recoveries), tuple(promises))
 
 
 def drill_tables(found: Drilled) -> Iterator[Table]:
@@ -118,17 +136,29 @@ def drill_tables(found: Drilled) -> Iterator[Table]:
     yield table
 
 
-def starts_of(rows: Sequence[Row]) -> list[tuple[str, int]]:
-    """The worker groups of a ledger in order of time, each with the images it went on from."""
-    first = {}
-    for row in sorted(rows, key=lambda row: (row.at, row.images), reverse=True):
-        first[row.group] = row
-    return [(row.group, row.images) for row in sorted(first.values(), key=lambda row: row.began)]
+def _drilled(config: Config, name: str, faults: int) -> Config:
+    """The job as a drill trains it."""
+    workers = config.workers
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"folder": f"{config.run.folder}-drill/{name}"}),
+            "reporting": config.reporting.model_copy(
+                update={"sample_keys": True, "grid_every_images": config.run.total_images}
+            ),
+            "evaluation": config.evaluation.model_copy(update={"protocol": "none"}),
+            "workers": workers.model_copy(
+                update={
+                    # How many failures are survived is no question of a drill: it makes them all.
+                    "max_failures": max(workers.max_failures, faults),
+                    "stall_seconds": min(workers.stall_seconds, STALL_SECONDS),
+                }
+            ),
+        }
+    )
 
 
-def _findings(config: Config, run: Location, faults: Sequence[Fault], failure: str) -> Drilled:
+def _findings(config: Config, run: Location, failure: str) -> list[tuple[str, bool, str]]:
     rows = read_ledger(run)
-    recoveries = tuple(_recovery(run, rows, place, fault) for place, fault in enumerate(faults))
     checkpoint = newest_sound(run)
     images = read_state(checkpoint).images if checkpoint else 0
     total = config.run.total_images
@@ -143,18 +173,15 @@ def _findings(config: Config, run: Location, faults: Sequence[Fault], failure: s
     except ValueError as error:
         once, told = False, str(error)
     damaged = verify(checkpoint) if checkpoint else ["no checkpoint"]
-    return Drilled(
-        recoveries,
+    return [
+        ("the run reached its end", not failure and images == total, failure or f"{images:,}"),
+        ("each image came exactly once", once, told),
         (
-            ("the run reached its end", not failure and images == total, failure or f"{images:,}"),
-            ("each image came exactly once", once, told),
-            (
-                "the last checkpoint is whole, every hash right",
-                not damaged,
-                "; ".join(damaged) or (checkpoint.name if checkpoint else ""),
-            ),
+            "the last checkpoint is whole, every hash right",
+            not damaged,
+            "; ".join(damaged) or (checkpoint.name if checkpoint else ""),
         ),
-    )
+    ]
 
 
 def _recovery(run: Location, rows: Sequence[Row], place: int, fault: Fault) -> Recovery:

@@ -8,27 +8,25 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import ray
+import ray.train
 from torch import Tensor, distributed
 
-from cat_ray.checkpoint.layout import FOLDER, MANIFEST, State, folder_name
-from cat_ray.checkpoint.retain import drop_old
-from cat_ray.checkpoint.write import CheckpointWriter, Saved
-from cat_ray.config import Config, dump
+from cat_ray.checkpoint.write import Saved
+from cat_ray.config import Config
 from cat_ray.data.stream import Batch, RankStream
 from cat_ray.errors import BadInput, GaveWay
 from cat_ray.operations.goodput import Bin, Ledger
 from cat_ray.operations.journal import EVENT, Journal
 from cat_ray.operations.sample_keys import SampleKeys
 from cat_ray.operations.trackers import start_trackers
-from cat_ray.storage import Location, locate
+from cat_ray.storage import locate
 from cat_ray.training.agreement import Agreement
 from cat_ray.training.cloud_notices import cloud_source
 from cat_ray.training.draws import StepDraws, draw_step
 from cat_ray.training.elasticity import RayDrain, drain_node, on_head_node
 from cat_ray.training.engines import choose_device
 from cat_ray.training.faults import Injector
-from cat_ray.training.giving_way import WISHES, Situation, decide
-from cat_ray.training.hand_over import hand_over
+from cat_ray.training.giving_way import WISHES, Situation, decide, leaving
 from cat_ray.training.health import (
     Health,
     Limits,
@@ -39,15 +37,14 @@ from cat_ray.training.health import (
     roll_back_message,
 )
 from cat_ray.training.monitor import Monitor
-from cat_ray.training.preemption import Poller, SaveTimes, partners
+from cat_ray.training.preemption import Poller
 from cat_ray.training.recorder import Recorder
 from cat_ray.training.requests import NOTICES, RESIZE, STOP, StopFile
-from cat_ray.training.state import make_state, state_slices
+from cat_ray.training.saver import Saver
+from cat_ray.training.state import make_state
 from cat_ray.training.watchdog import Watchdog, end_process
-from cat_ray.versions import versions
 
 DRAIN_POLL_SECONDS = 0.5
-COMMIT_POLL_SECONDS = 0.5
 
 
 def due(images: int, every_images: int, config: Config) -> bool:
@@ -72,8 +69,6 @@ class Session:
         self._broken = 0
         self._health = Health()
         self._limits = Limits(**config.health.model_dump(exclude={"max_rollbacks"}))
-        self._saved_images = self.images
-        self._times = SaveTimes(None, None)
 
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         group = stream.due.worker_group
@@ -90,7 +85,7 @@ class Session:
         self.adversaries = self._state.adversaries
         self.averages = self._state.averages
         self._agreement = Agreement()
-        self._writer = self._make_writer(rank)
+        self._saver = Saver(config, self._run, stream.due, self._state, self._agreement)
         self._watchdog = Watchdog(config.workers.stall_seconds, end_process(self._run, rank))
         self._journal = self._open_journal(name) if rank == 0 else None
         self._monitor = Monitor(
@@ -117,7 +112,7 @@ class Session:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         outcome = "finished" if kind is None else "yielded" if kind is GaveWay else "failed"
-        self._writer.give_up()
+        self._saver.writer.give_up()
         self._ledger.close(self.images, outcome)
         if self._keys is not None:
             self._keys.close()
@@ -147,7 +142,7 @@ class Session:
         if self.images == self._stream.due.start + self.config.optimisation.batch_size:
             # The end of a recovery: its duration is read off the ledger.
             self._ledger.note(self.images)
-        self._injector.strike(self.images, self._writer)
+        self._injector.strike(self.images, self._saver.writer)
         wishes = (NOTICES.current() is not None, STOP.is_set(), RESIZE.is_set())
         last, wanted = self._agreement.after_step(figures, wishes)
         self._judge(last)
@@ -161,11 +156,10 @@ class Session:
         Raises:
             GaveWay: the last steps were bad, and the run goes back.
         """
-        self._judge(self._agreement.settle())
-        if self._health.bad:
+        if not self._is_sound():
             self._roll_back()
         with self._aside("save_stall"):
-            self._note_saves(self._writer.wait())
+            self._note_saves(self._saver.wait())
             self._agreement.barrier()
 
     def record(self) -> None:
@@ -191,7 +185,7 @@ class Session:
             )
             if broken:
                 self._journal.append("broken", self.images, samples=broken)
-        self._note_saves(self._writer.finished())
+        self._note_saves(self._saver.finished())
         self._ledger.note(self.images)
         if self._broken > config.data.max_broken_samples:
             raise BadInput(
@@ -211,38 +205,16 @@ class Session:
 
     def save(self) -> None:
         """Begins to save everything; a state after bad steps is not saved."""
-        if self._saved_images == self.images:
-            return
-        self._judge(self._agreement.settle())
-        if self._health.bad:
+        if self._saver.images == self.images or not self._is_sound():
             return
         with self._aside("save_stall"):
-            self._writer.save(self._place(), state_slices(self._state))
-        self._saved_images = self.images
+            self._saver.save(self.images)
         self._ledger.note(self.images)
 
-    def _place(self) -> State:
-        return State(
-            images=self.images,
-            noise_stream=self.noise_stream,
-            data_digest=self._stream.due.index.digest(),
-            config=dump(self.config),
-            versions=versions(),
-        )
-
-    def _make_writer(self, rank: int) -> CheckpointWriter:
-        """A writer of the part of this worker, or of one that it saves for."""
-        checkpoints = self.config.checkpoints
-        return CheckpointWriter(
-            self._run,
-            self._stream.due.worker_group,
-            rank,
-            distributed.get_world_size(),
-            checkpoints.pending_saves,
-            checkpoints.retry_seconds,
-            checkpoints.local_folder,
-            committed=self._committed,
-        )
+    def _is_sound(self) -> bool:
+        """Whether the last step was good, waiting for its figures."""
+        self._judge(self._agreement.settle())
+        return not self._health.bad
 
     def _judge(self, figures: dict[str, float] | None) -> None:
         if figures is None:
@@ -252,9 +224,9 @@ class Session:
             self._roll_back()
 
     def _roll_back(self) -> None:
-        self._note_saves(self._writer.wait())
+        self._note_saves(self._saver.wait())
         self._agreement.barrier()
-        to_images = self._saved_images
+        to_images = self._saver.images
         told = roll_back_message(self._health, self.images, to_images, self.noise_stream + 1)
         if self._journal is not None:
             reason = self._health.reason or ""
@@ -264,8 +236,9 @@ class Session:
         raise GaveWay("roll-back", told)
 
     def _give_way(self, cause: str) -> None:
-        notice = NOTICES.current()
-        situations = self._agreement.gather(Situation(notice, self._times, on_head_node()))
+        notice, here = NOTICES.current(), ray.get_runtime_context().get_node_id()
+        own = Situation(notice, self._saver.times(), here, on_head_node())
+        situations = self._agreement.gather(own)
         margin = self.config.preemption.margin
         # One clock decides for all.
         decision = self._agreement.gather(decide(situations, cause, margin, time.time()))[0]
@@ -273,48 +246,24 @@ class Session:
             self._journal.append(EVENT, self.images, message=decision.told)
         if notice is not None and decision.cause == "preemption":
             # Whoever told of it, Ray must know: nothing is to start here again.
-            here = ray.get_runtime_context().get_node_id()
             drain_node(here, notice.reason, notice.deadline)
         if decision.choice.kind == "storage":
             self.save()
             self.finish()
-        if decision.choice.kind == "peer":
-            self._save_by_those_who_stay({r for r, s in enumerate(situations) if s.notice})
+        if decision.choice.kind == "peer" and self._is_sound():
+            with self._aside("save_stall"):
+                self._saver.save_for_leaving(self.images, leaving(situations))
         raise GaveWay(decision.cause, decision.told)
 
-    def _save_by_those_who_stay(self, leaving: set[int]) -> None:
-        self._judge(self._agreement.settle())
-        if self._health.bad:
-            return
-        rank, world_size = distributed.get_rank(), distributed.get_world_size()
-        slices = state_slices(self._state)
-        partner_of = partners(world_size, frozenset(leaving))
-        with self._aside("save_stall"):
-            parts = hand_over(slices, partner_of, self._agreement.group)
-            if rank not in leaving:
-                parts[rank] = slices
-            writers = {owner: self._make_writer(owner) for owner in parts}
-            for owner, part in parts.items():
-                writers[owner].save(self._place(), part)
-            for writer in writers.values():
-                writer.wait()
-            # Whoever leaves waits here until its machine is gone: were it to end before the others
-            # are done, Ray would end them.
-            folder = self._run / FOLDER / folder_name(self.images, self._stream.due.worker_group)
-            while not (folder / MANIFEST).exists():
-                time.sleep(COMMIT_POLL_SECONDS)
-
     def _note_saves(self, saves: list[Saved]) -> None:
-        for saved in saves:
-            self._times = SaveTimes(saved.local_seconds, saved.storage_seconds)
-            if self._journal is not None:
-                self._journal.append(
-                    "checkpoint",
-                    saved.images,
-                    location=saved.location.uri,
-                    seconds=saved.storage_seconds,
-                    stall_seconds=saved.stall_seconds,
-                )
+        for saved in saves if self._journal is not None else []:
+            self._journal.append(
+                "checkpoint",
+                saved.images,
+                location=saved.location.uri,
+                seconds=saved.storage_seconds,
+                stall_seconds=saved.stall_seconds,
+            )
 
     def _told_start(self) -> str:
         due, workers = self._stream.due, distributed.get_world_size()
@@ -322,15 +271,11 @@ class Session:
         plural = "s" if workers > 1 else ""
         return f"worker group {due.worker_group}, {workers} worker{plural}, starts from {place}"
 
-    def _committed(self, checkpoint: Location) -> None:
-        del checkpoint
-        keep = self.config.checkpoints
-        drop_old(self._run, keep.keep, keep.keep_every_images)
-
     def _notice_sources(self) -> Iterator[tuple]:
         yield RayDrain(distributed.get_rank()), DRAIN_POLL_SECONDS
         asked = self.config.preemption
-        if asked.cloud is not None:
+        # Metadata services mind being asked often: one worker of each machine does.
+        if asked.cloud is not None and ray.train.get_context().get_local_rank() == 0:
             yield cloud_source(asked.cloud, asked.metadata_url), asked.poll_seconds
 
     def _open_journal(self, name: str) -> Journal:

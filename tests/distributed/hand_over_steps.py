@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from cat_ray.checkpoint.layout import State
-from cat_ray.checkpoint.write import CheckpointWriter
-from cat_ray.config import dump, parse
+from cat_ray.config import parse
+from cat_ray.data.index import Index, Shard
+from cat_ray.data.order import Stream
+from cat_ray.data.stream import Due
 from cat_ray.storage import locate
+from cat_ray.training import saver as saver_module
+from cat_ray.training.agreement import Agreement
 from cat_ray.training.engines import choose_device
-from cat_ray.training.hand_over import hand_over
-from cat_ray.training.preemption import partners
-from cat_ray.training.state import make_state, state_slices
+from cat_ray.training.saver import Saver
+from cat_ray.training.state import make_state
 
 LEAVING = frozenset({0, 2})
 
@@ -22,32 +24,35 @@ LEAVING = frozenset({0, 2})
 def main() -> None:
     folder = Path(sys.argv[1])
     distributed.init_process_group("gloo")
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     config = parse((folder / "job.yaml").read_text(), "job")
     state = make_state(config, choose_device(), None)
     adversaries = state.adversaries
     probe_engines(adversaries, config)
-    slices = state_slices(state)
-    place = State(16, 0, "", dump(config), {})
+    due = Due(
+        stream=Stream(seed=0, counts=(16,), batch_size=16, lanes=4),
+        start=0,
+        stop=16,
+        window=16,
+        checkpoint=None,
+        worker_group="group",
+        began=0.0,
+        noise_stream=0,
+        index=Index(32, 1, (16,), "", (Shard("train.tar", 16, 1, ""),)),
+        folder=locate(str(folder)),
+        num_classes=10,
+    )
 
-    def save(name: str, parts: dict) -> None:
-        run = locate(str(folder / name))
-        writers = [
-            (CheckpointWriter(run, "group", owner, world_size), part)
-            for owner, part in parts.items()
-        ]
-        for writer, part in writers:
-            writer.save(place, part)
-        for writer, _ in writers:
-            writer.wait()
+    def saver(name: str) -> Saver:
+        return Saver(config, locate(str(folder / name)), due, state, Agreement())
 
-    save("all", {rank: slices})
+    everybody = saver("all")
+    everybody.save(16)
+    everybody.wait()
     distributed.barrier()
-    taken = hand_over(slices, partners(world_size, LEAVING))
-    if rank in LEAVING:
-        # The machine is gone, without a word to anybody.
-        os._exit(0)
-    save("staying", {rank: slices, **taken})
+    if distributed.get_rank() in LEAVING:
+        # The machine goes while this worker waits for the others, without a word to anybody.
+        saver_module.time.sleep = lambda _: os._exit(0)
+    saver("staying").save_for_leaving(16, LEAVING)
     os._exit(0)
 
 

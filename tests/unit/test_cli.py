@@ -26,11 +26,11 @@ from cat_ray.config import dump, parse
 from cat_ray.errors import BadInput, RunFailed, Unfinished
 from cat_ray.model.build import build_generator
 from cat_ray.operations import drill, verify_resume
+from cat_ray.operations.comparison import Compared
 from cat_ray.operations.cost import NO_PRICES
 from cat_ray.operations.drill import Drilled, Recovery
 from cat_ray.operations.goodput import BINS, LEDGER, Row
 from cat_ray.operations.identity import CONFIG_NAME
-from cat_ray.operations.verify_resume import Compared
 from cat_ray.storage import Location, locate
 from cat_ray.training import driver
 from cat_ray.training.faults import Fault
@@ -48,7 +48,9 @@ COMMANDS = (
 
 
 def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    # A line that is as long as it may be is broken elsewhere on another terminal.
+    environment = {"COLUMNS": "120"}
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment)
 
 
 def succeed(*arguments: object) -> str:
@@ -78,7 +80,7 @@ def run(tmp_path: Path, tiny_job: str, save_checkpoint) -> Location:
     weights = build_generator(config).state_dict()
     names = (GENERATOR, average_group(0.9), average_group(0.5))
     groups = {**dict.fromkeys(names, weights), DISCRIMINATOR: {"logit": torch.zeros(3)}}
-    save_checkpoint(place, State(48, 0, "digest", dump(config), {"torch": "9.8.7"}), groups)
+    save_checkpoint(place, State(48, 3, "digest", dump(config), {"torch": "9.8.7"}), groups)
     (place / FOLDER / folder_name(64, "3f9a1c") / slice_file(GENERATOR, 0, 1)).write(b"half")
     return place
 
@@ -280,6 +282,7 @@ def test_inspect_shows_images_seen_and_every_file(run):
     checkpoint = run / FOLDER / folder_name(48, "3f9a1c")
     assert checkpoint.uri in told
     assert "images seen 48 of 64" in told
+    assert "noise stream 3" in told
     assert "averages [0.9, 0.5]" in told
     assert "torch 9.8.7" in told
     sizes = checkpoint.sizes()
@@ -289,6 +292,19 @@ def test_inspect_shows_images_seen_and_every_file(run):
         if name not in (MANIFEST, part_file(0, 1)):
             assert f" {name} " in told
             assert f" {size:,} " in told
+
+
+def test_inspect_hashes_every_file_when_asked(run):
+    checkpoint = run / FOLDER / folder_name(48, "3f9a1c")
+    assert "every file has the sha256 of the manifest" in succeed("inspect", run.uri, "--verify")
+    assert "every file" not in succeed("inspect", run.uri)
+    for name in (slice_file(GENERATOR, 0, 1), slice_file(DISCRIMINATOR, 0, 1)):
+        content = bytearray((checkpoint / name).read())
+        content[-1] ^= 1
+        (checkpoint / name).write(bytes(content))
+    line = refuse("inspect", run.uri, "--verify")
+    assert all(slice_file(name, 0, 1) in line for name in (GENERATOR, DISCRIMINATOR))
+    assert slice_file(average_group(0.5), 0, 1) not in line
 
 
 def test_report_writes_the_page_and_says_where(run):

@@ -157,9 +157,9 @@ class Run:
 
 
 def budgets(
-    max_failures: int = 0, progress: Callable[[], int] = Run(), max_preemptions: int | None = None
+    max_failures: int = 0, run: Run | None = None, max_preemptions: int | None = None
 ) -> Budgets:
-    return Budgets(FailureConfig(max_failures=max_failures), progress, max_preemptions)
+    return Budgets(FailureConfig(max_failures=max_failures), run or Run(), max_preemptions)
 
 
 @pytest.mark.parametrize("cause", ["resize", "roll-back", "preemption"])
@@ -207,7 +207,7 @@ def test_preemptions_are_counted_and_nothing_else_is_with_them(limit):
 
 def test_preemptions_are_never_forgiven():
     run = Run()
-    policy = budgets(progress=run, max_preemptions=2)
+    policy = budgets(run=run, max_preemptions=2)
     ends = []
     for run.images in (0, 32, 64):
         ends.append(policy.make_decision(group_error(GaveWay("preemption", "told"))))
@@ -241,7 +241,7 @@ def test_failures_in_a_row_are_counted(limit):
 )
 def test_failures_are_forgiven_once_there_is_a_newer_checkpoint(checkpoints, expected):
     run = Run()
-    policy, ends = budgets(max_failures=1, progress=run), []
+    policy, ends = budgets(max_failures=1, run=run), []
     for run.images in checkpoints:
         ends.append(policy.make_decision(group_error(BROKEN)))
     assert ends == expected
@@ -253,9 +253,7 @@ def test_a_worker_that_was_killed_is_a_failure():
     assert [policy.make_decision(killed) for _ in range(2)] == [RETRY, RAISE]
 
 
-@pytest.mark.parametrize(
-    "error", [TOLD[0], *TOLD[2:]], ids=lambda error: type(error).__name__
-)
+@pytest.mark.parametrize("error", [TOLD[0], *TOLD[2:]], ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -762,9 +760,7 @@ def test_the_clock_of_a_group_is_set_before_it_starts(monkeypatch):
 
 
 @pytest.mark.parametrize(("here", "expected"), [("head", True), ("a", False)])
-def test_the_drivers_node_is_the_one_with_the_clusters_head(
-    cluster, monkeypatch, here, expected
-):
+def test_the_drivers_node_is_the_one_with_the_clusters_head(cluster, monkeypatch, here, expected):
     cluster.node("a", 2)
     cluster.node("head", 0)
     cluster.nodes[1]["Resources"][HEAD] = 1.0

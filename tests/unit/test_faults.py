@@ -239,9 +239,7 @@ def test_a_fault_of_a_node_is_only_announced_by_the_worker_on_it(run, signals, k
 # What befalls a worker.
 
 
-@pytest.mark.parametrize(
-    ("kind", "number"), [("kill", signal.SIGKILL), ("stop", signal.SIGSTOP)]
-)
+@pytest.mark.parametrize(("kind", "number"), [("kill", signal.SIGKILL), ("stop", signal.SIGSTOP)])
 def test_a_worker_is_sent_its_signal(run, signals, kind, number):
     Injector(run, [Fault(kind, 16)], 0).strike(16, writer())
     assert signals == [number]

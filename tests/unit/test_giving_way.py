@@ -111,9 +111,7 @@ def test_whose_rank_has_the_deadline_does_not_matter():
 def test_the_slowest_workers_times_decide_even_if_its_machine_stays(slow):
     times = [MEASURED, MEASURED]
     times[slow] = SaveTimes(local_seconds=21.0, storage_seconds=41.0)
-    decision = decide(
-        [leaving(60.0, times=times[0]), staying(times[1])], "preemption", MARGIN, NOW
-    )
+    decision = decide([leaving(60.0, times=times[0]), staying(times[1])], "preemption", MARGIN, NOW)
     assert decision.choice.kind == "peer"
     assert "handing over 21 s" in decision.told
 

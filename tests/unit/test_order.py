@@ -170,7 +170,8 @@ def test_windows_of_any_size_change_no_batch(data):
     expected = batches(stream, lanes, start, stop)
     assert [list(map(tuple, batch.images[..., 0, 0].tolist())) for batch in found] == expected
     assert [batch.labels.tolist() for batch in found] == [[m for _, m in b] for b in expected]
-    assert [batch.keys.tolist() for batch in found] == [[f"{n}/{m}" for n, m in b] for b in expected]
+    keys = [[f"{shard}/{member}" for shard, member in batch] for batch in expected]
+    assert [batch.keys.tolist() for batch in found] == keys
     assert [batch.broken.tolist() for batch in found] == [[str(n) for n, _ in b] for b in expected]
 
 
