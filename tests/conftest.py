@@ -81,7 +81,7 @@ def free_port() -> int:
 RunGroup = Callable[..., None]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_group() -> RunGroup:
     """Runs a script in so many gloo processes, and fails with their output if one fails."""
 

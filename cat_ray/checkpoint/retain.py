@@ -15,8 +15,6 @@ LEASE_SECONDS = 3600.0
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 
 def images_of(name: str) -> int:
     """Images seen of a checkpoint, from its folder's name."""

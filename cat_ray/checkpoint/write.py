@@ -1,7 +1,8 @@
 """Writes a worker's part of a checkpoint in the background; the first worker commits them all.
 
-Training stands still only while the slices are copied. Then a thread writes them to local disk,
-uploads them, and leaves a record of the part. Nobody waits for another worker: the manifest is
+The slices are copied while the next step computes its gradients: training stands still only if that
+takes less time, just before the weights change. Then a thread writes them to local disk, uploads
+them, and leaves a record of the part. Nobody waits for another worker: the manifest is
 written by the first worker as soon as all parts are there, or, if that worker is gone by then, by
 the driver before it starts the next group.
 """
@@ -119,6 +120,9 @@ class CheckpointWriter:
         self._staging = Path(local_folder or tempfile.gettempdir()) / staging
         self._committed = committed
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-copy")
+        self._copying: Future[tuple[Tensor, list[Tensor]]] | None = None
+        self._stall = Stall(0.0)
         self._given_up = threading.Event()
         self._refused = 0
         self._under_way: list[Future[Saved]] = []
@@ -127,7 +131,7 @@ class CheckpointWriter:
             self._buffers.put(torch.empty(0))
 
     def save(self, state: State, slices: Sequence[Slice]) -> None:
-        """Copies the slices and returns; the rest happens in the background.
+        """Begins a save, and returns before the slices are copied: they may change after `settle`.
 
         Raises:
             BadInput: an earlier save failed.
@@ -135,16 +139,19 @@ class CheckpointWriter:
         began = time.perf_counter()
         self._raise_failure()
         buffer = self._buffers.get()
-        try:
-            self._raise_failure()
-            buffer, copies = _copy(slices, buffer)
-        except BaseException:
-            self._buffers.put(buffer)
-            raise
-        stalled = time.perf_counter() - began
+        self._copying = self._copier.submit(_copy, slices, buffer)
+        self._stall = Stall(time.perf_counter() - began)
         self._under_way.append(
-            self._pool.submit(self._write, state, slices, copies, buffer, stalled)
+            self._pool.submit(self._write, state, slices, self._copying, self._stall)
         )
+
+    def settle(self) -> None:
+        """Waits until what is being saved may change: before each optimiser's step."""
+        if self._copying is not None:
+            began = time.perf_counter()
+            self._copying.result()
+            self._copying = None
+            self._stall.seconds += time.perf_counter() - began
 
     def finished(self) -> list[Saved]:
         """The saves that were finished since the last call.
@@ -174,6 +181,7 @@ class CheckpointWriter:
         """Ends the wait for other workers' parts: their group has failed."""
         self._given_up.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._copier.shutdown(wait=False)
 
     def _raise_failure(self) -> None:
         for future in self._under_way:
@@ -184,11 +192,11 @@ class CheckpointWriter:
         self,
         state: State,
         slices: Sequence[Slice],
-        copies: Sequence[Tensor],
-        buffer: Tensor,
-        stalled: float,
+        copying: "Future[tuple[Tensor, list[Tensor]]]",
+        stall: "Stall",
     ) -> Saved:
         began = time.perf_counter()
+        buffer, copies = copying.result()
         checkpoint = self._run / FOLDER / folder_name(state.images, self._worker_group)
         staging = checkpoint.local_path or self._staging / checkpoint.name
         try:
@@ -209,7 +217,7 @@ class CheckpointWriter:
         if self._rank == 0:
             self._commit(checkpoint)
         stored = time.perf_counter() - began
-        return Saved(state.images, checkpoint, stalled, local, stored)
+        return Saved(state.images, checkpoint, stall.seconds, local, stored)
 
     def _write_slices(
         self, folder: Path, slices: Sequence[Slice], copies: Sequence[Tensor]
@@ -269,6 +277,13 @@ class CheckpointWriter:
                 raise GroupFailed
         if self._committed is not None:
             self._committed(checkpoint)
+
+
+@dataclass
+class Stall:
+    """How long training stood still for one save, so far."""
+
+    seconds: float
 
 
 class GroupFailed(Exception):

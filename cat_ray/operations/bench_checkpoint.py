@@ -1,6 +1,7 @@
 """`cat-ray bench checkpoint`: how long a save holds training up, against a save that is waited for.
 
-Both are the same save of the same state by the same writer, in one run.
+Both are the same save of the same state by the same writer, in one run. A save is copied while the
+next step computes its gradients: the benchmark computes as well, for a fifth of a second.
 """
 
 import statistics
@@ -21,6 +22,10 @@ BYTES_PER_ELEMENT = 4
 TENSORS = 100
 
 
+STEP_SECONDS = 0.2
+WIDTH = 512
+
+
 @dataclass(frozen=True)
 class Saves:
     """Seconds of each repetition.
@@ -28,7 +33,7 @@ class Saves:
     Attributes:
         megabytes: of the state.
         waited: from the call until the manifest is there: a synchronous save.
-        stalled: from the call until it returns: what training notices.
+        stalled: how long training stands still in all, before and after one step's gradients.
     """
 
     megabytes: int
@@ -55,19 +60,31 @@ def bench_checkpoint(folder: Location, megabytes: int, repetitions: int) -> Save
         for place in range(TENSORS)
     ]
     writer = CheckpointWriter(folder, uuid.uuid4().hex[:6], rank=0, world_size=1)
-    waited, stalled = [], []
+    waited, stalled, weights = [], [], torch.randn(WIDTH, WIDTH)
     # The first one is not counted: it makes the buffer, which later ones use again.
     for repetition in range(repetitions + 1):
         began = time.perf_counter()
         writer.save(State(repetition, 0, "", "", {}), slices)
-        stall = time.perf_counter() - began
         saved = writer.wait()[0]
         if repetition:
-            stalled.append(stall)
             waited.append(time.perf_counter() - began)
+        saved.location.delete_folder()
+        writer.save(State(repetition, 0, "", "", {}), slices)
+        _step(weights)
+        writer.settle()
+        saved = writer.wait()[0]
+        if repetition:
+            stalled.append(saved.stall_seconds)
         saved.location.delete_folder()
     (folder / FOLDER).delete_folder()
     return Saves(megabytes, tuple(waited), tuple(stalled))
+
+
+def _step(weights: torch.Tensor) -> None:
+    """Computes for as long as a quick step needs for its gradients."""
+    until = time.perf_counter() + STEP_SECONDS
+    while time.perf_counter() < until:
+        weights @ weights
 
 
 def bench_table(saves: Saves) -> Iterator[Table]:

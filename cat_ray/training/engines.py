@@ -45,6 +45,7 @@ class Engine:
 
     The gradient that DeepSpeed averages over the workers is that of the loss times their number:
     with losses that are parts of the batch's mean, this is the gradient of the whole batch.
+    `before_step` is called when the gradient is known and the weights are about to change.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Engine:
         deepspeed = _import_deepspeed()
         self.zero_stage = settings.zero_stage
         self.world_size = distributed.get_world_size()
+        self.before_step: Callable[[], None] = lambda: None
         optimizer = torch.optim.AdamW(
             network.parameters(),
             lr=settings.rate(width),
@@ -88,6 +90,7 @@ class Engine:
     def descend(self, loss: Tensor) -> None:
         """One optimiser step on this worker's part of the loss."""
         self._engine.backward(loss * self.world_size)
+        self.before_step()
         self._engine.step()
 
     def gradient_norm(self) -> Tensor:

@@ -43,9 +43,11 @@ class Saver:
         self._recent: deque[SaveTimes] = deque(maxlen=RECENT_SAVES)
         self.images = due.start
         self.writer = self._writer_for(distributed.get_rank())
+        state.adversaries.generator.before_step = self.writer.settle
+        state.adversaries.discriminator.before_step = self.writer.settle
 
     def save(self, images: int) -> None:
-        """Begins to save everything."""
+        """Begins to save everything; the copy is taken while the next step computes gradients."""
         self.writer.save(self._place(images), state_slices(self._state))
         self.images = images
 

@@ -48,7 +48,7 @@ def test_what_anyone_wishes_all_see_in_the_same_step_and_no_other(found: Found) 
 
 def test_settling_brings_the_last_figures_once(found: Found) -> None:
     assert found[0]["before"] is None
-    assert found[0]["settled"] == [{"loss": 3000.0, "of-step-3": 1504.0}, None]
+    assert found[0]["settled"] == [{"loss": 3000.0, "of-step-3": 1500.0}, None]
 
 
 def test_after_settling_figures_come_one_step_late_again(found: Found) -> None:

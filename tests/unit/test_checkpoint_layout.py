@@ -7,7 +7,7 @@ import string
 from itertools import pairwise
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cat_ray.checkpoint.layout import (
@@ -24,6 +24,7 @@ from cat_ray.checkpoint.layout import (
 from cat_ray.errors import BadInput
 
 WORKERS = 4
+few = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 def piece(offset: int, length: int, group: str = "generator", tensor: str = "weight"):
@@ -65,6 +66,7 @@ def parts_of_workers(draw) -> list[Part]:
 # Names.
 
 
+@few
 @given(
     st.integers(0, 10**12 - 1), st.integers(0, 10**12 - 1), st.text(string.hexdigits, min_size=1)
 )
@@ -83,6 +85,7 @@ def test_groups_and_workers_have_folders_and_files_of_their_own():
 # Parts and manifests as files.
 
 
+@few
 @given(parts_of_workers())
 def test_a_part_is_read_as_it_was_written(parts):
     for written in parts:
@@ -121,6 +124,7 @@ def test_another_format_is_told_with_the_one_that_is_read(found):
 # All workers' parts together.
 
 
+@few
 @given(parts_of_workers(), st.randoms())
 def test_parts_make_the_same_manifest_in_whatever_order_they_come(parts, numbers: random.Random):
     manifest = join(parts)
@@ -131,6 +135,7 @@ def test_parts_make_the_same_manifest_in_whatever_order_they_come(parts, numbers
     assert parse_part(manifest.to_json()) == manifest
 
 
+@few
 @given(parts_of_workers(), st.data())
 def test_a_piece_that_is_missing_or_there_twice_is_refused_by_name(parts, data):
     pieces = [s for found in parts for s in found.slices]
