@@ -148,12 +148,13 @@ def held_back(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> Iterator[th
 # Behind training's back.
 
 
-def test_what_is_saved_is_what_was_there_when_save_was_called(run, monkeypatch):
+def test_what_is_saved_is_what_was_there_when_the_save_was_settled(run, monkeypatch):
     writer, weights = CheckpointWriter(run, GROUP, 0, 1, pending=2), values()
     with held_back(monkeypatch, []):
         for images, seed in ((32, 0), (64, 1)):
             weights.copy_(values(seed))
             writer.save(state(images), slices(weights))
+            writer.settle()
         weights.zero_()
     first, second = writer.wait()
     assert holds(first.location, values(0))
@@ -165,8 +166,29 @@ def test_a_buffer_that_is_used_again_spoils_no_save_under_way(run):
     for images in range(32, 32 * 20, 32):
         weights.copy_(values(images))
         writer.save(state(images), slices(weights))
+        writer.settle()
     for saved in writer.wait():
         assert holds(saved.location, values(saved.images))
+
+
+def test_values_may_change_only_after_the_copy_was_taken(run, monkeypatch):
+    gate, plain = threading.Event(), write._copy
+
+    def after_gate(*arguments):
+        assert gate.wait(WAIT_SECONDS)
+        return plain(*arguments)
+
+    monkeypatch.setattr(write, "_copy", after_gate)
+    writer, weights = CheckpointWriter(run, GROUP, 0, 1), values()
+    writer.save(state(32), slices(weights))
+    changing = threading.Thread(target=lambda: (writer.settle(), weights.zero_()))
+    changing.start()
+    # While the copy is held up, whoever wants to change the values waits.
+    changing.join(0.2)
+    assert changing.is_alive() and bool(weights.any())
+    gate.set()
+    changing.join()
+    assert holds(writer.wait()[0].location, values())
 
 
 def test_parts_may_change_their_size_from_save_to_save(run):

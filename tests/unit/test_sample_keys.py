@@ -141,9 +141,9 @@ def test_kills_and_restarts_change_nothing_in_what_a_run_is_trained_on(data):
 # What counts.
 
 
-def test_keys_come_lane_after_lane_step_after_step_whoever_wrote_them(run):
-    steps(run, "a", 1, range(1, 2), range(0, 12, BATCH))
-    steps(run, "a", 0, range(1), range(0, 12, BATCH))
+def test_keys_come_lane_after_lane_step_after_step_whoever_wrote_them_and_when(run):
+    steps(run, "a", 0, range(1, 2), range(8, -1, -BATCH))
+    steps(run, "a", 1, range(1), range(0, 12, BATCH))
     assert trained_on(run, [("a", 0)]).keys == undisturbed(12)
 
 
