@@ -115,9 +115,7 @@ class CheckpointWriter:
         self._run, self._worker_group = run, worker_group
         self._rank, self._world_size = rank, world_size
         self._retry_seconds = retry_seconds
-        # Its own: workers that share a machine remove what they have uploaded.
-        staging = f"cat-ray-{worker_group}-{rank:02d}"
-        self._staging = Path(local_folder or tempfile.gettempdir()) / staging
+        self._local = Path(local_folder or tempfile.gettempdir())
         self._committed = committed
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-copy")
@@ -198,7 +196,9 @@ class CheckpointWriter:
         began = time.perf_counter()
         buffer, copies = copying.result()
         checkpoint = self._run / FOLDER / folder_name(state.images, self._worker_group)
-        staging = checkpoint.local_path or self._staging / checkpoint.name
+        # Its own: workers that share a machine remove what they have uploaded.
+        own = self._local / f"cat-ray-{checkpoint.name}-{self._rank:02d}"
+        staging = checkpoint.local_path or own
         try:
             part = self._write_slices(staging, slices, copies)
         finally:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from cat_ray.checkpoint.read import newest, read_state
 from cat_ray.operations.identity import CONFIG_NAME
-from cat_ray.operations.journal import Row, read_rows
+from cat_ray.operations.journal import EVENT, Row, read_rows
 from cat_ray.storage import Location
 
 REPORT = "report.html"
@@ -60,6 +60,7 @@ def write_report(run: Location) -> Location:
         "<p>Each picture shows the stages' outputs side by side, coarse to final; each column is "
         "a class, each row a latent that stays the same through training.</p>"
         f'<div class="grids">{_grids(run)}</div>',
+        f"<h2>What happened</h2>{_events(rows)}",
         f"<h2>Configuration</h2><pre>{html.escape(_text(run / CONFIG_NAME))}</pre>",
         f"<h2>Versions</h2>{_table(_versions(run).items())}",
     ]
@@ -99,6 +100,10 @@ def _evaluations(rows: Sequence[Row]) -> str:
         if name not in hidden
     ]
     return _table([("", "first", "last"), *lines])
+
+
+def _events(rows: Sequence[Row]) -> str:
+    return _table((f"{row['images']:,}", row["message"]) for row in rows if row["kind"] == EVENT)
 
 
 def _curves(rows: Sequence[Row]) -> str:

@@ -14,6 +14,8 @@ from cat_ray.config import parse
 from cat_ray.storage import locate
 from cat_ray.training.state import make_state
 
+NETWORKS = ("generator", "discriminator")
+
 
 def main() -> None:
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
@@ -21,7 +23,7 @@ def main() -> None:
     text = (folder / "job.yaml").read_text()
     batches = safetensors.torch.load_file(folder / "batches.safetensors")
     for place, case in enumerate(json.loads(sys.argv[3])):
-        stages = [f"optimisation.{name}.zero_stage={case['stage']}" for name in case["networks"]]
+        stages = [f"optimisation.{name}.zero_stage={case['stage']}" for name in NETWORKS]
         config = parse(text, "job", stages)
         source = resolve(locate(f"{folder}/{case['source']}")) if case["source"] else None
         state = make_state(config, CPU, source)

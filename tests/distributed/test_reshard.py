@@ -64,7 +64,6 @@ class Case:
     stage: int
     source: str | None = None
     next: bool = False
-    networks: tuple[str, ...] = ("generator", "discriminator")
 
 
 def saved_name(size: int, stage: int) -> str:
@@ -164,5 +163,5 @@ def test_what_any_workers_saved_at_any_stage_any_others_load_bit_for_bit(
                 )
     assert astray == {}
     assert len(stepped) == len(SIZES) * len((0, 1, 2, 3))
-    # An optimiser that has forgotten how many steps it took goes too far, by half a step or more.
+    # An optimiser that has forgotten how many steps it took goes too far, by a third of a step.
     assert max(stepped.values()) < TOLERANCE, stepped

@@ -168,6 +168,8 @@ def restarted(images: int, *, start: int, first_step: float) -> list[Row]:
     later = start + BATCH
     return [
         *(row("a", 10, 11 + seen / 16, seen) for seen in range(0, images + 1, BATCH)),
+        # A worker that nothing befell writes a last row.
+        row("a", 10, 99, images, rank=1),
         row("b", 100, 101, start),
         row("b", 100, first_step, later, rank=1),
         row("b", 100, first_step + 0.5, later),
@@ -276,6 +278,12 @@ def test_a_run_that_failed_is_told_with_its_reason_and_compared_with_none(run_dr
     found = run_drill([], left)
     assert kept(found) == [False, False, True]
     assert told(found)[:2] == ["failed too often", "32 of 64 images, 0 of them twice"]
+
+
+def test_a_run_that_failed_after_its_last_save_has_failed(run_drill):
+    found = run_drill([], Left(undisturbed(), failure="failed too often"))
+    assert kept(found) == [False, True, True]
+    assert told(found)[0] == "failed too often"
 
 
 def test_a_run_that_stopped_short_did_not_reach_its_end(run_drill):
@@ -396,14 +404,17 @@ def nodes(monkeypatch) -> Nodes:
     return nodes
 
 
-def befall(job: Config, monkeypatch, faults: Sequence[Fault], on: str, done: Any) -> Config:
-    """A drill in which the first fault is announced on a node, until it is done; its job."""
+def befall(
+    job: Config, monkeypatch, faults: Sequence[Fault], on: str, done: Any, announced: int = 1
+) -> Config:
+    """A drill in which the first faults are announced on a node, until it is done; its job."""
     given = []
 
     def train(config: Config, faults: Sequence[Fault]) -> Location:
         given.append(config)
-        record = locate(config.run.folder) / FAULTS / "000.json"
-        record.write(json.dumps({"at": 10.0, "node": on}).encode())
+        for place in range(announced):
+            record = locate(config.run.folder) / FAULTS / f"{place:03d}.json"
+            record.write(json.dumps({"at": 10.0, "node": on}).encode())
         until = time.monotonic() + PATIENCE_SECONDS
         while done is not None and not done.called:
             assert time.monotonic() < until, "nothing befell a node"
@@ -442,6 +453,12 @@ def test_only_what_was_announced_befalls_a_node(job, monkeypatch, nodes):
     faults = [Fault("remove", 16), Fault("drain", 32), Fault("add", 48)]
     befall(job, monkeypatch, faults, "first", nodes.cluster.remove_node)
     assert (nodes.drain.called, nodes.cluster.add_node.called) == (False, False)
+
+
+def test_what_a_worker_does_to_itself_befalls_no_node(job, monkeypatch, nodes):
+    faults = [Fault("kill", 16), Fault("drain", 32)]
+    befall(job, monkeypatch, faults, "first", nodes.drain, announced=2)
+    assert (nodes.cluster.remove_node.called, nodes.cluster.add_node.called) == (False, False)
 
 
 @pytest.mark.parametrize("cpus_per_worker", [0.25, 0.5, 1.0, 1.5, 2.0, 3.0])
