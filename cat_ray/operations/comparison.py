@@ -1,5 +1,6 @@
 """Two runs that must be the same but for what befell one of them, compared in all that counts."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -116,10 +117,12 @@ def _difference(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor])
     """The largest, absolute up to 1 and relative above; infinite where names or shapes differ."""
     if {n: v.shape for n, v in before.items()} != {n: v.shape for n, v in after.items()}:
         return float("inf")
-    return max(
+    differences = [
         float(((after[name] - value) / value.abs().clamp(min=1)).abs().max())
         for name, value in before.items()
-    )
+    ]
+    # A comparison with NaN is false: max would pass over it.
+    return float("inf") if any(map(math.isnan, differences)) else max(differences)
 
 
 def comparison_tables(compared: list[Compared]) -> Iterator[Table]:

@@ -192,12 +192,12 @@ def _recovery(run: Location, rows: Sequence[Row], place: int, fault: Fault) -> R
     later = [row for row in rows if row.began > at]
     if fault.kind in GOES_ON or not later:
         return Recovery(fault, at, None, 0)
-    group = min(later, key=lambda row: row.began).group
-    own = [row for row in rows if row.group == group]
-    start = min(row.images for row in own)
-    stepped = [row.at for row in own if row.images > start]
-    seconds = min(stepped) - at if stepped else None
-    return Recovery(fault, at, seconds, max(0, strike["images"] - start))
+    starts = {group: images for group, images in starts_of(later)}
+    stepped = [row for row in later if row.images > starts[row.group]]
+    if not stepped:
+        return Recovery(fault, at, None, 0)
+    first = min(stepped, key=lambda row: row.at)
+    return Recovery(fault, at, first.at - at, max(0, strike["images"] - starts[first.group]))
 
 
 @contextmanager

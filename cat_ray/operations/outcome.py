@@ -35,6 +35,11 @@ class Outcome:
     time: float
 
 
+def forget_outcome(run: Location) -> None:
+    """Removes what an earlier call wrote: there is none while one trains, or if it is killed."""
+    (run / OUTCOME).delete()
+
+
 def write_outcome(run: Location, outcome: End, images: int, message: str = "") -> None:
     """Writes the file anew."""
     ended = Outcome(outcome, images, message, EXIT_CODES[outcome], time.time())

@@ -15,7 +15,6 @@ import numpy as np
 from cat_ray.storage import Location
 
 SAMPLES = "samples"
-UPLOAD_ROWS = 100
 
 
 class SampleKeys:
@@ -40,14 +39,9 @@ class SampleKeys:
             with self._place.local_path.open("a") as file:
                 file.write(row + "\n")
             return
-        self._rows.append(row)
-        if len(self._rows) % UPLOAD_ROWS == 0:
-            self.close()
-
-    def close(self) -> None:
-        """Brings the last rows to the run's storage."""
-        if self._rows:
-            self._place.write("".join(row + "\n" for row in self._rows).encode())
+        # Whole, at every step: what a killed worker did must be known.
+        self._rows.append(row + "\n")
+        self._place.write("".join(self._rows).encode())
 
 
 @dataclass(frozen=True)
@@ -80,9 +74,10 @@ def trained_on(run: Location, starts: Sequence[tuple[str, int]]) -> Trained:
                 lanes[int(lane)] = entry
     keys: list[str] = []
     noise = hashlib.sha256()
+    all_lanes = list(range(len(steps.get(0, ()))))
     for images in sorted(steps):
         lanes = steps[images]
-        if images != len(keys) or sorted(lanes) != list(range(len(lanes))):
+        if images != len(keys) or sorted(lanes) != all_lanes:
             raise ValueError(f"samples are missing at {len(keys):,} images")
         for lane in sorted(lanes):
             noise.update(lanes[lane][0].encode())

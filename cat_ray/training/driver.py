@@ -24,7 +24,7 @@ from cat_ray.data.prepare import prepare
 from cat_ray.data.stream import CPUS_PER_READ, DATASET_NAME, Due, LaneDataConfig
 from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
 from cat_ray.operations.identity import claim
-from cat_ray.operations.outcome import write_outcome
+from cat_ray.operations.outcome import forget_outcome, write_outcome
 from cat_ray.operations.progress import Progress
 from cat_ray.operations.report import write_report
 from cat_ray.storage import ENVIRONMENT, Location, locate
@@ -66,6 +66,7 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
     config = _at(config, run, shards)
     claim(run, config, index.digest())
     forget_stop(run)
+    forget_outcome(run)
 
     def still_due() -> Due:
         # Ray Train calls this in its controller whenever a worker group starts: here, and only
@@ -182,6 +183,9 @@ def _fit(
             storage_filesystem=run.filesystem,
             failure_config=FailureConfig(
                 max_failures=workers.max_failures,
+                max_preemption_failures=(
+                    -1 if workers.max_preemptions is None else workers.max_preemptions
+                ),
                 # Workers that stay may still upload what was handed to them.
                 preemption_grace_s=workers.stall_seconds,
             ),
@@ -236,7 +240,7 @@ def cluster(config: Config) -> Iterator[None]:
         ray.init(
             log_to_driver=False,
             logging_level=logging.WARNING,
-            runtime_env={"env_vars": ENVIRONMENT},
+            runtime_env={"env_vars": {**ENVIRONMENT, **elasticity.JOB_ENVIRONMENT}},
         )
     elif own:
         workers = config.workers

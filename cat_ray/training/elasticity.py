@@ -6,6 +6,7 @@ every decision, leaves draining nodes out, asks the group to save before it is r
 each end to the right budget.
 """
 
+import os
 import signal
 import socket
 import time
@@ -38,6 +39,12 @@ PROBES = 32
 NODE_ID = "ray.io/node-id"
 HEAD = "node:__internal_head__"
 
+# Ray Train doesn't hand this on: it goes into the environment of the whole job. Workers whose peer
+# has died can't end their process group in good order.
+JOB_ENVIRONMENT = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1"}
+for _name, _value in JOB_ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
 
 def environment(start_seconds: float, stall_seconds: float) -> dict[str, str]:
     """What Ray Train reads in the driver, and hands on to its controller and workers."""
@@ -47,8 +54,6 @@ def environment(start_seconds: float, stall_seconds: float) -> dict[str, str]:
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(stall_seconds),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(start_seconds),
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-        # Workers whose peer has died can't end their process group in good order.
-        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
     }
 
 
@@ -59,13 +64,19 @@ def told_to_user(error: BaseException) -> BaseException | None:
         waiting.extend(error.worker_failures.values())
     elif isinstance(error, ControllerError):
         waiting.append(error.controller_failure)
+    gave_way: GaveWay | None = None
     while waiting:
         inner = waiting.pop()
-        if isinstance(inner, (BadInput, GaveWay, RunFailed, Unfinished)):
+        if isinstance(inner, (BadInput, RunFailed, Unfinished)):
             return inner
-        if inner is not None:
-            waiting.extend([inner.__cause__, getattr(inner, "cause", None)])
-    return None
+        if isinstance(inner, GaveWay):
+            gave_way = inner
+        elif inner is not None:
+            # Ray keeps the exception of a task in an attribute of its own.
+            task_error = getattr(inner, "cause", None)
+            waiting.append(inner.__cause__)
+            waiting.append(task_error if isinstance(task_error, BaseException) else None)
+    return gave_way
 
 
 class ElasticTrainer(TorchTrainer):
@@ -111,6 +122,7 @@ class Scaling(ElasticScalingPolicy):
         self._capacity_seconds = capacity_seconds
         self._waiting_since: float | None = None
         self._gone: set[str] = set()
+        self._usable_nodes: dict[str, dict[str, float]] = {}
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """How many workers to start now.
@@ -148,9 +160,11 @@ class Scaling(ElasticScalingPolicy):
         """As many as there is room for, with a place left for reading data."""
         count = super()._count_possible_workers(reserved_resources)
         cpus = self.scaling_config._resources_per_worker_not_none.get("CPU", 0.0)
-        spare = ray.cluster_resources().get("CPU", 0.0) - count * cpus
+        usable = sum(node.get("CPU", 0.0) for node in self._usable_nodes.values())
         # A group that took every CPU would wait for its data for ever.
-        return count if spare >= CPUS_PER_READ or not cpus else count - 1
+        while count and cpus and usable - count * cpus < CPUS_PER_READ:
+            count -= 1
+        return count
 
     def on_controller_start_worker_group(
         self, *, scaling_config: Any, num_workers: int
@@ -174,12 +188,13 @@ class Scaling(ElasticScalingPolicy):
         with ThreadPoolExecutor(PROBES) as pool:
             answers = list(pool.map(_answers, alive))
         self._gone = {n["NodeID"] for n, up in zip(alive, answers, strict=True) if not up}
+        self._usable_nodes = {
+            node["NodeID"]: node["Resources"]
+            for node in alive
+            if node["NodeID"] not in self._gone and node["NodeID"] not in draining
+        }
         if draining or self._gone:
-            return {
-                node["NodeID"]: node["Resources"]
-                for node in alive
-                if node["NodeID"] not in self._gone and node["NodeID"] not in draining
-            }
+            return self._usable_nodes
         recompute = True
         try:
             return ray.get(
@@ -188,7 +203,8 @@ class Scaling(ElasticScalingPolicy):
                 ),
                 timeout=ANSWER_SECONDS,
             )
-        except ray.exceptions.GetTimeoutError:
+        except ray.exceptions.RayError:
+            # The next decision asks again.
             return None
 
 

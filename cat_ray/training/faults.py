@@ -22,7 +22,7 @@ REFUSED_WRITES = 3
 Kind = Literal["raise", "kill", "stop", "refuse", "truncate", "drain", "remove", "add"]
 # What a worker does to itself; the others are done to its node, by the drill.
 BY_WORKER = ("raise", "kill", "stop", "refuse", "truncate")
-ENTRY = re.compile(r"\s*(?P<kind>[a-z]+)@(?P<images>[\d_]+)(?::(?P<rank>\d+))?\s*")
+ENTRY = re.compile(r"\s*(?P<kind>[a-z]+)@(?P<images>\d+(?:_\d+)*)(?::(?P<rank>\d+))?\s*")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Saver:
         self._state, self._agreement = state, agreement
         self._recent: deque[SaveTimes] = deque(maxlen=RECENT_SAVES)
         self.images = due.start
-        self.writer = self._writer_for(distributed.get_rank())
+        self.writer = self._writer_for(distributed.get_rank(), due.worker_group)
         state.adversaries.generator.before_step = self.writer.settle
         state.adversaries.discriminator.before_step = self.writer.settle
 
@@ -74,13 +74,15 @@ class Saver:
         parts = hand_over(slices, partners(world_size, leaving), self._agreement.group)
         if rank not in leaving:
             parts[rank] = slices
-        writers = {owner: self._writer_for(owner) for owner in parts}
+        # A name of its own: a save of this very step by everybody may still be under way.
+        group = f"{self._due.worker_group}-staying"
+        writers = {owner: self._writer_for(owner, group) for owner in parts}
         for owner, part in parts.items():
             writers[owner].save(self._place(images), part)
         for writer in writers.values():
             writer.wait()
         # Were a worker to end before the others are done, Ray would end them too.
-        folder = self._run / FOLDER / folder_name(images, self._due.worker_group)
+        folder = self._run / FOLDER / folder_name(images, group)
         while not (folder / MANIFEST).exists():
             time.sleep(COMMIT_POLL_SECONDS)
         self.images = images
@@ -94,11 +96,11 @@ class Saver:
             versions=versions(),
         )
 
-    def _writer_for(self, rank: int) -> CheckpointWriter:
+    def _writer_for(self, rank: int, worker_group: str) -> CheckpointWriter:
         checkpoints = self._config.checkpoints
         return CheckpointWriter(
             self._run,
-            self._due.worker_group,
+            worker_group,
             rank,
             distributed.get_world_size(),
             checkpoints.pending_saves,

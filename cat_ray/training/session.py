@@ -114,8 +114,6 @@ class Session:
         outcome = "finished" if kind is None else "yielded" if kind is GaveWay else "failed"
         self._saver.writer.give_up()
         self._ledger.close(self.images, outcome)
-        if self._keys is not None:
-            self._keys.close()
         if self._journal is not None:
             self._journal.close()
         self._around.close()

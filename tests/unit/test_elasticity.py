@@ -330,9 +330,6 @@ class FakeRay:
     def cpus(self) -> dict[str, dict[str, float]]:
         return {n["NodeID"]: {"CPU": n["Resources"]["CPU"]} for n in self.nodes if n["Alive"]}
 
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": sum(each["CPU"] for each in self.cpus().values())}
-
     def get_reserved_resources(self, **arguments: object) -> dict[str, dict[str, float]]:
         self.asked.append(arguments)
         return self.cpus() if self.reserved is None else self.reserved
@@ -367,9 +364,7 @@ def ports() -> Iterator[tuple[int, int]]:
 def cluster(ports, monkeypatch) -> FakeRay:
     fake = FakeRay(*ports)
     nodes = create_autospec(ray.nodes, side_effect=lambda: list(fake.nodes))
-    resources = create_autospec(ray.cluster_resources, side_effect=fake.cluster_resources)
     monkeypatch.setattr(ray, "nodes", nodes)
-    monkeypatch.setattr(ray, "cluster_resources", resources)
     monkeypatch.setattr(ray, "get", fake.get)
     state = create_autospec(ray._private.state.state, instance=True)
     state.get_draining_nodes.side_effect = lambda: dict(fake.draining)
