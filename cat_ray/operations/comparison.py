@@ -72,25 +72,23 @@ def compare(
     Raises:
         RunFailed: one of them has no whole checkpoint.
     """
-    pair = []
-    for run in (undisturbed, disturbed):
-        checkpoint = newest_sound(run)
-        if checkpoint is None:
-            raise RunFailed(f"{run.uri} has no whole checkpoint")
-        pair.append(CheckpointReader(checkpoint))
-    before, after = pair
-    images = before.state.images, after.state.images
-    yield Compared(name, "images seen", f"{images[1]:,}", f"{images[0]:,}", images[0] == images[1])
-    yield from _compare_input(name, undisturbed, disturbed)
-    groups = sorted({piece.group for piece in before.manifest.slices})
-    for group in groups:
+    yield from compare_input(name, undisturbed, disturbed)
+    before, after = _reader(undisturbed), _reader(disturbed)
+    for group in sorted({piece.group for piece in before.manifest.slices}):
         difference = _difference(before.tensors(group), after.tensors(group))
         words = "none, bit for bit" if allowed is None else f"{allowed:.1e}"
         same = difference <= (allowed or 0.0)
         yield Compared(name, group, f"difference {difference:.1e}", words, same)
 
 
-def _compare_input(name: str, undisturbed: Location, disturbed: Location) -> Iterator[Compared]:
+def compare_input(name: str, undisturbed: Location, disturbed: Location) -> Iterator[Compared]:
+    """Only images seen, samples and noise: what is the same however far rounding has grown.
+
+    Raises:
+        RunFailed: one of them has no whole checkpoint.
+    """
+    images = _reader(undisturbed).state.images, _reader(disturbed).state.images
+    yield Compared(name, "images seen", f"{images[1]:,}", f"{images[0]:,}", images[0] == images[1])
     expected = _input(undisturbed)
     try:
         found = _input(disturbed)
@@ -107,6 +105,13 @@ def _compare_input(name: str, undisturbed: Location, disturbed: Location) -> Ite
     )
     noise = expected.noise == found.noise
     yield Compared(name, "random streams", "the same" if noise else "others", "the same", noise)
+
+
+def _reader(run: Location) -> CheckpointReader:
+    checkpoint = newest_sound(run)
+    if checkpoint is None:
+        raise RunFailed(f"{run.uri} has no whole checkpoint")
+    return CheckpointReader(checkpoint)
 
 
 def _input(run: Location) -> Trained:
