@@ -7,7 +7,7 @@ because Ray Data's executor, which lives in the worker, spins as long as it is h
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from cat_ray.training.lanes import share
 
 DATASET_NAME = "train"
 CPUS_PER_READ = 0.5
+NODE_ID = "ray.io/node-id"
 FIRST_WINDOW_BATCHES = 4
 
 
@@ -42,6 +43,7 @@ class Due:
         worker_group: a name that no other worker group of the run has.
         began: unix time at which the start of the group began.
         noise_stream: how often the run was rolled back.
+        gone_nodes: nodes that don't answer, though Ray may not know it yet.
         index: the shards.
         folder: where they lie.
         num_classes: class ids must be below this.
@@ -55,6 +57,7 @@ class Due:
     worker_group: str
     began: float
     noise_stream: int
+    gone_nodes: tuple[str, ...]
     index: Index
     folder: Location
     num_classes: int
@@ -115,7 +118,11 @@ class RankStream:
             for members in [np.asarray(piece.members)]
         ]
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-            read_piece, batch_size=1, fn_kwargs={"due": self.due}, num_cpus=CPUS_PER_READ
+            read_piece,
+            batch_size=1,
+            fn_kwargs={"due": self.due},
+            num_cpus=CPUS_PER_READ,
+            **elsewhere(self.due.gone_nodes),
         )
         dataset.context.enable_progress_bars = False
         blocks: list[dict[str, Any]] = list(dataset.iter_batches(batch_size=None))
@@ -135,6 +142,11 @@ def _cut(window: Batch, lanes: int, steps: int) -> Iterator[Batch]:
     by_step = [column.reshape(lanes, steps, -1, *column.shape[1:]) for column in columns]
     for step in range(steps):
         yield Batch(*(column[:, step].reshape(-1, *column.shape[3:]) for column in by_step))
+
+
+def elsewhere(nodes: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Ray's options for tasks and workers that must not run on these nodes."""
+    return {"label_selector": {NODE_ID: f"!in({','.join(nodes)})"}} if nodes else {}
 
 
 def windows_of(due: Due) -> Iterator[tuple[int, int]]:

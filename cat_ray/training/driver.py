@@ -32,6 +32,7 @@ from cat_ray.training import elasticity
 from cat_ray.training.elasticity import (
     ElasticTrainer,
     GroupClock,
+    Scaling,
     TerminationSignal,
     told_to_user,
 )
@@ -120,6 +121,7 @@ def _still_due(config: Config, run: Location, shards: Location, index: Index) ->
         worker_group=uuid.uuid4().hex[:6],
         began=GroupClock.began,
         noise_stream=len(roll_backs),
+        gone_nodes=Scaling.gone,
         index=index,
         folder=shards,
         num_classes=config.data.num_classes,

@@ -28,7 +28,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from cat_ray.data.stream import CPUS_PER_READ
+from cat_ray.data.stream import CPUS_PER_READ, elsewhere
 from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
 from cat_ray.training.preemption import Notice
 from cat_ray.training.requests import NOTICES, ask_to_resize
@@ -36,7 +36,6 @@ from cat_ray.training.requests import NOTICES, ask_to_resize
 ANSWER_SECONDS = 5.0
 PROBE_SECONDS = 1.0
 PROBES = 32
-NODE_ID = "ray.io/node-id"
 HEAD = "node:__internal_head__"
 
 # Ray Train doesn't hand this on: it goes into the environment of the whole job. Workers whose peer
@@ -115,14 +114,20 @@ class ElasticTrainer(TorchTrainer):
 
 
 class Scaling(ElasticScalingPolicy):
-    """Counts nodes as they are now, without those that are about to go; resizes with a save."""
+    """Counts nodes as they are now, without those that are about to go; resizes with a save.
+
+    Attributes:
+        gone: nodes that didn't answer when they were last asked; the controller's own knowledge.
+    """
+
+    gone: tuple[str, ...] = ()
 
     def __init__(self, scaling_config: Any, capacity_seconds: float | None):
         super().__init__(scaling_config)
         self._capacity_seconds = capacity_seconds
         self._waiting_since: float | None = None
-        self._gone: set[str] = set()
         self._usable_nodes: dict[str, dict[str, float]] = {}
+        Scaling.gone = ()
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """How many workers to start now.
@@ -171,7 +176,7 @@ class Scaling(ElasticScalingPolicy):
     ) -> dict[str, str] | None:
         """Keeps a new group off nodes that Ray has not yet noticed to be gone."""
         del scaling_config, num_workers
-        return {NODE_ID: f"!in({','.join(sorted(self._gone))})"} if self._gone else None
+        return elsewhere(Scaling.gone).get("label_selector")
 
     def _get_reserved_resources(self) -> Any:
         now = time.monotonic()
@@ -187,13 +192,15 @@ class Scaling(ElasticScalingPolicy):
         draining = ray._private.state.state.get_draining_nodes()  # pyright: ignore
         with ThreadPoolExecutor(PROBES) as pool:
             answers = list(pool.map(_answers, alive))
-        self._gone = {n["NodeID"] for n, up in zip(alive, answers, strict=True) if not up}
+        Scaling.gone = tuple(
+            sorted(node["NodeID"] for node, up in zip(alive, answers, strict=True) if not up)
+        )
         self._usable_nodes = {
             node["NodeID"]: node["Resources"]
             for node in alive
-            if node["NodeID"] not in self._gone and node["NodeID"] not in draining
+            if node["NodeID"] not in Scaling.gone and node["NodeID"] not in draining
         }
-        if draining or self._gone:
+        if draining or Scaling.gone:
             return self._usable_nodes
         recompute = True
         try:

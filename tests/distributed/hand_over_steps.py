@@ -37,6 +37,7 @@ def main() -> None:
         worker_group="group",
         began=0.0,
         noise_stream=0,
+        gone_nodes=(),
         index=Index(32, 1, (16,), "", (Shard("train.tar", 16, 1, ""),)),
         folder=locate(str(folder)),
         num_classes=10,

@@ -272,6 +272,7 @@ def read(folder: Path, index: Index, members: Sequence[int], shard: int = 0) -> 
         worker_group="3f9a1c",
         began=0.0,
         noise_stream=0,
+        gone_nodes=(),
         index=index,
         folder=locate(str(folder)),
         num_classes=10,

@@ -37,12 +37,11 @@ from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from cat_ray.data.stream import CPUS_PER_READ
+from cat_ray.data.stream import CPUS_PER_READ, NODE_ID
 from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
 from cat_ray.training import elasticity
 from cat_ray.training.elasticity import (
     HEAD,
-    NODE_ID,
     Budgets,
     ElasticTrainer,
     GroupClock,

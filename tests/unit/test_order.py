@@ -162,6 +162,7 @@ def test_windows_of_any_size_change_no_batch(data):
         worker_group="3f9a1c",
         began=0.0,
         noise_stream=0,
+        gone_nodes=(),
         index=Index(1, 1, (), "", ()),
         folder=locate("nowhere"),
         num_classes=1,

@@ -26,6 +26,7 @@ def due(start: int, stop: int, window: int, batch: int = BATCH) -> Due:
         worker_group="3f9a1c",
         began=0.0,
         noise_stream=0,
+        gone_nodes=(),
         index=Index(1, 1, (), "", ()),
         folder=locate("nowhere"),
         num_classes=1,
