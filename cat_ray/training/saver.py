@@ -106,8 +106,8 @@ class Saver:
             checkpoints.pending_saves,
             checkpoints.retry_seconds,
             checkpoints.local_folder,
-            committed=lambda _: drop_old(
-                self._run, checkpoints.keep, checkpoints.keep_every_images
+            committed=lambda checkpoint: drop_old(
+                self._run, checkpoints.keep, checkpoints.keep_every_images, checkpoint
             ),
         )
 
