@@ -14,7 +14,7 @@ group's, so that a group that was given up, but still runs somewhere, can't spoi
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from cat_ray.errors import BadInput
@@ -174,21 +174,19 @@ def join(parts: Iterable[Part]) -> Part:
     return Part(tuple(sorted(files.values(), key=lambda record: record.name)), tuple(slices))
 
 
-def read_manifest(
-    checkpoint: Location, sizes: Mapping[str, int] | None = None
-) -> tuple[FileRecord, ...] | None:
+def read_manifest(checkpoint: Location) -> tuple[FileRecord, ...] | None:
     """The files of a checkpoint, or None where the folder is not a complete one."""
-    manifest = read_whole(checkpoint, sizes)
+    manifest = read_whole(checkpoint)
     return manifest.files if manifest else None
 
 
-def read_whole(checkpoint: Location, sizes: Mapping[str, int] | None = None) -> Part | None:
+def read_whole(checkpoint: Location) -> Part | None:
     """The manifest of a checkpoint whose files all have the bytes that it says, or None.
 
     Raises:
         BadInput: another version wrote it, or the storage fails.
     """
-    sizes = checkpoint.sizes() if sizes is None else sizes
+    sizes = checkpoint.sizes()
     if MANIFEST not in sizes:
         return None
     manifest = parse_part((checkpoint / MANIFEST).read())
