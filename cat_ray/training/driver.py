@@ -21,7 +21,13 @@ from cat_ray.config import Config, dump
 from cat_ray.data.index import INDEX_NAME, Index, check_fits, check_shards, read_index
 from cat_ray.data.order import Stream
 from cat_ray.data.prepare import prepare
-from cat_ray.data.stream import CPUS_PER_READ, DATASET_NAME, Due, LaneDataConfig
+from cat_ray.data.stream import (
+    CPUS_PER_READ,
+    DATASET_NAME,
+    Due,
+    LaneDataConfig,
+    keep_helpers_here,
+)
 from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
 from cat_ray.operations.identity import claim
 from cat_ray.operations.outcome import forget_outcome, write_outcome
@@ -196,6 +202,7 @@ def _fit(
         datasets={DATASET_NAME: still_due},  # pyright: ignore[reportArgumentType]
         dataset_config=LaneDataConfig(),
     )
+    keep_helpers_here()
     try:
         trainer.fit()
     except TrainingFailedError as error:
@@ -237,6 +244,8 @@ def _stopping(run: Location) -> Iterator[None]:
 def cluster(config: Config) -> Iterator[None]:
     """A connection to the cluster of RAY_ADDRESS, or to one started here for as long as needed."""
     logging.getLogger("ray").setLevel(logging.WARNING)
+    # What goes wrong there is raised as well.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     own = not ray.is_initialized()
     if own and "RAY_ADDRESS" in os.environ:
         ray.init(
