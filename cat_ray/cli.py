@@ -1,6 +1,7 @@
 """The command line: each command a few lines that call a module."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import Annotated
@@ -56,21 +57,16 @@ def train(job: Job, overrides: Overrides = None) -> None:
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="What to read: mnist.")],
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where the shards go.")],
-    endpoint_url: Endpoint = None,
+    job: Annotated[str, typer.Argument(metavar="JOB", help="Such as jobs/prepare_imagenet.yaml.")],
+    overrides: Overrides = None,
 ) -> None:
-    """Write WebDataset shards and their index.json."""
+    """Write shards and their index; the same command again continues where it stopped."""
     with _speaking_plainly():
+        from cat_ray.data.preparation import Preparation
         from cat_ray.data.prepare import prepare as write_shards
 
-        place = locate(folder, endpoint_url)
-        index = write_shards(source, place)
-        typer.echo(
-            f"{index.images:,} images of {len(index.class_counts)} classes, "
-            f"{index.channels} x {index.resolution} x {index.resolution}, "
-            f"in {len(index.shards)} shards: {place.uri}"
-        )
+        config = configuration.load(job, overrides or (), Preparation)
+        typer.echo(f"{write_shards(config).describe()}: {config.output.folder}")
 
 
 @app.command()
@@ -212,6 +208,31 @@ def bench_checkpoint(
 
         for table in bench_table(measure(locate(folder, endpoint_url), megabytes, repetitions)):
             Console().print(table)
+
+
+@bench.command("data")
+def bench_data(
+    job: Job,
+    overrides: Overrides = None,
+    images: Annotated[int, typer.Option(min=1, help="To read each time.")] = 10_000,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read; this machine's cores if unset.")
+    ] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """How fast a job's shards come, each step alone and beside webdataset with a DataLoader."""
+    with _speaking_plainly():
+        from cat_ray.operations.bench_data import bench_data as measure
+        from cat_ray.operations.bench_data import bench_tables, to_json
+
+        config = configuration.load(job, overrides or ())
+        speed = measure(config, images, workers or os.cpu_count() or 1, repetitions)
+        if as_json:
+            typer.echo(to_json(speed))
+        else:
+            for table in bench_tables(speed):
+                Console().print(table)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -35,24 +35,54 @@ class Run(Section):
 
 
 class Storage(Section):
-    """How s3:// is reached. Credentials come from the standard AWS chain, never from here."""
+    """How s3:// is reached. Credentials come from the standard AWS chain, never from here.
+
+    For `retry_seconds` shards are asked for again of a storage that doesn't answer.
+    """
 
     endpoint_url: str | None = None
     region: str | None = None
+    retry_seconds: float = Field(default=300.0, ge=0)
 
 
 class Data(Section):
-    """The shards, and what to make of a sample that can't be read.
+    """The shards, how they are read, and what to make of a sample that can't be.
 
-    `source` names what the shards are made from when the folder has no index yet. While one window
-    of the sample stream is trained on, the next is read; both are held decoded in memory.
+    Attributes:
+        shards: their folder, with an `index.json`.
+        num_classes: class ids are below this.
+        source: what the shards are made from when the folder has no index yet.
+        max_broken_samples: how many samples that can't be read a call of the command survives.
+        block_images: neighbours in a shard that are read together, about a mebibyte if unset. A
+            batch may hold several of a block: fewer shuffle better, more read faster.
+        window_megabytes: while one window of the stream is trained on the next two are read; each
+            is held decoded in memory, this much of it over all workers.
+        cache_folder: where each machine keeps what it has read, for the next epochs.
+        cache_gigabytes: how much of it.
     """
 
     shards: str
     num_classes: int = Field(gt=0)
     source: Literal["mnist"] | None = None
     max_broken_samples: int = Field(default=100, ge=0)
-    window_images: int = Field(default=4096, gt=0)
+    block_images: int | None = Field(default=None, gt=0)
+    window_megabytes: int = Field(default=256, gt=0)
+    cache_folder: str | None = None
+    cache_gigabytes: float = Field(default=100.0, gt=0)
+
+
+class Latents(Section):
+    """Stable Diffusion's VAE, where the networks work on its latents.
+
+    Shards of images are encoded on the fly; shards of latents need it only to show pictures.
+
+    Attributes:
+        vae: a local folder or a hub name that diffusers can load.
+        revision: the hub's branch, tag or commit.
+    """
+
+    vae: str | None = None
+    revision: str | None = None
 
 
 class ExplicitSize(Section):
@@ -353,6 +383,7 @@ class Config(Section):
     run: Run
     data: Data
     storage: Storage = Storage()
+    latents: Latents = Latents()
     model: Model = Model()
     objective: Objective = Objective()
     optimisation: Optimisation = Optimisation()
@@ -394,8 +425,12 @@ class Config(Section):
         return self
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a job file and applies overrides of the form `section.key=value`.
+Job = TypeVar("Job", bound=Section)
+
+
+def load(path: str, overrides: Sequence[str] = (), kind: type[Job] = Config) -> Job:
+    """Reads a job file, one of training or of another kind, and applies overrides of the form
+    `section.key=value`.
 
     Raises:
         BadInput: the file is missing, isn't YAML, or holds an unknown key or a bad value.
@@ -406,10 +441,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
         raise BadInput(f"can't read the job file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not a text file: a job is YAML, see jobs/") from error
-    return parse(text, path, overrides)
+    return parse(text, path, overrides, kind)
 
 
-def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
+def parse(text: str, name: str, overrides: Sequence[str] = (), kind: type[Job] = Config) -> Job:
     """As `load`, from YAML text; `name` is used in messages."""
     values = _read_yaml(text, name)
     if not isinstance(values, dict):
@@ -417,9 +452,9 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _override(values, override)
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors()]
+        lines = [_explain(dict(problem), kind) for problem in error.errors()]
         raise BadInput(f"{name}: " + "; ".join(lines)) from error
 
 
@@ -462,20 +497,22 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[last] = _read_yaml(text, f"--set {override}")
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _explain(problem: dict[str, Any], kind: type[Section]) -> str:
     """One validation problem in a line; an unknown key comes with the nearest known one."""
     location = [str(part) for part in problem["loc"] if part != "ExplicitSize"]
     dotted = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(
+            location[-1], _known_keys(location[:-1], kind), n=1, cutoff=0.5
+        )
         hint = f", did you mean {near[0]}?" if near else ""
         return f"unknown key {dotted}{hint}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{dotted}: {message}" if dotted else message
 
 
-def _known_keys(location: Sequence[str]) -> list[str]:
-    section: type[BaseModel] = Config
+def _known_keys(location: Sequence[str], kind: type[Section]) -> list[str]:
+    section: type[BaseModel] = kind
     for name in location:
         annotation = section.model_fields[name].annotation
         options = [annotation, *get_args(annotation)]

@@ -1,19 +1,35 @@
 """Local paths and object stores behind one small type: the only place that knows endpoints."""
 
 import os
-from collections.abc import Iterator
+import random
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
-from pyarrow import fs
+from pyarrow import NativeFile, fs
 
 from cat_ray.errors import BadInput
 
 CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 60.0
 ATTEMPTS = 4
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 10.0
+OPEN_FILES = 256
+# What a server says, in Arrow's words, that no waiting mends.
+FINAL = (
+    "NO_SUCH_",
+    "ACCESS_DENIED",
+    "ACCESS_KEY",
+    "SIGNATURE",
+    "TOKEN",
+    "CREDENTIALS",
+    "status 40",
+)
 REMOTE_HINT = "; check the URI, storage.endpoint_url and the AWS credentials in the environment"
 
 # Servers other than AWS refuse the checksum trailers that the AWS SDK would send. Uploads and
@@ -23,6 +39,10 @@ for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 
+class StorageDown(BadInput):
+    """The storage doesn't answer, or not as it should: it may do so again."""
+
+
 @dataclass(frozen=True)
 class Location:
     """A file or folder on a filesystem. `location / "name"` is one below it."""
@@ -30,6 +50,10 @@ class Location:
     filesystem: fs.FileSystem
     path: str
     uri: str
+
+    def __hash__(self) -> int:
+        # Arrow's filesystems can be compared, but not hashed.
+        return hash((self.path, self.uri))
 
     def __truediv__(self, name: str) -> "Location":
         return replace(self, path=f"{self.path}/{name}", uri=f"{self.uri.rstrip('/')}/{name}")
@@ -62,6 +86,32 @@ class Location:
         """
         with self._explained(), self.filesystem.open_input_file(self.path) as file:
             return file.read()
+
+    def read_range(self, begin: int, end: int) -> bytes:
+        """Some of the file's bytes. The file is held open, so that it must not change.
+
+        Raises:
+            BadInput: there is no such file, it ends before, or the storage doesn't answer.
+        """
+        with self._explained():
+            content = _opened(self).read_at(end - begin, begin)
+        if len(content) < end - begin:
+            raise BadInput(f"{self.uri} ends at byte {begin + len(content)}, before {end}")
+        return content
+
+    @contextmanager
+    def opened(self) -> Iterator[NativeFile]:
+        """The file, for those who want to seek in it."""
+        with self._explained(), self.filesystem.open_input_file(self.path) as file:
+            yield file
+
+    def files_below(self) -> dict[str, int]:
+        """Path from here and bytes of each file below, at any depth."""
+        selector = fs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        with self._explained():
+            found = self.filesystem.get_file_info(selector)
+        start = len(self.path.rstrip("/")) + 1
+        return {info.path[start:]: info.size for info in found if info.type == fs.FileType.File}
 
     def write(self, content: bytes) -> None:
         """Puts a whole file in place at once: a reader finds the old one or the new one."""
@@ -130,8 +180,41 @@ class Location:
             raise BadInput(f"{self.uri} doesn't exist") from error
         except OSError as error:
             reason = str(error).splitlines()[0]
+            if "NO_SUCH_KEY" in reason:
+                raise BadInput(f"{self.uri} doesn't exist") from error
+            final = self.local_path is not None or any(mark in reason for mark in FINAL)
             hint = "" if self.local_path else REMOTE_HINT
-            raise BadInput(f"storage failed at {self.uri}: {reason}{hint}") from error
+            raise (BadInput if final else StorageDown)(
+                f"storage failed at {self.uri}: {reason}{hint}"
+            ) from error
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def _opened(place: Location) -> NativeFile:
+    # Opening asks an object store for the size: once for a file, not for every part of it.
+    return place.filesystem.open_input_file(place.path)
+
+
+Answer = TypeVar("Answer")
+
+
+def patiently(ask: Callable[[], Answer], seconds: float) -> Answer:
+    """Asks a storage again and again, with growing pauses, while it is down.
+
+    Raises:
+        StorageDown: it still is after so many seconds.
+        BadInput: it answered, with something that asking again won't change.
+    """
+    until, pause = time.monotonic() + seconds, FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            return ask()
+        except StorageDown:
+            if time.monotonic() + pause > until:
+                raise
+        # Many readers must not all come back at once.
+        time.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def locate(uri: str, endpoint_url: str | None = None, region: str | None = None) -> Location:

@@ -1,17 +1,20 @@
-"""One shard's bytes to samples: untar, group by key, decode."""
+"""A sample's bytes to what is trained on: pixels and a class."""
 
 import io
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from cat_ray.data.crop import center_crop
+from cat_ray.data.tar import RawSample
 from cat_ray.errors import BadInput
 
-IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
-LABEL_ENDING = "cls"
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+LABEL_ENDING, JSON_ENDING = "cls", "json"
+LABEL_KEYS = ("label", "cls", "class", "class_id")
 UNREADABLE = (
     UnidentifiedImageError,
     Image.DecompressionBombError,
@@ -19,86 +22,125 @@ UNREADABLE = (
     SyntaxError,
     ValueError,
 )
-BLOCK_BYTES = tarfile.BLOCKSIZE
 MODES = {1: "L", 3: "RGB"}
+JPEG_START = b"\xff\xd8\xff"
+THREE_COMPONENTS = "YCbCr"
 
 
 class BrokenSample(Exception):
     """A sample that can't be decoded; the message says which and why."""
 
 
-@dataclass(frozen=True)
-class RawSample:
-    """A sample as it lies in the shard: member contents by ending."""
+def open_image(content: bytes, channels: int) -> Image.Image:
+    """A whole encoded image in grey (1 channel) or RGB (3).
 
-    key: str
-    members: dict[str, bytes]
-
-
-def untar(content: bytes, name: str) -> Iterator[RawSample]:
-    """The samples of a WebDataset shard: neighbouring members that share the name up to a dot.
+    As ADM does it, the orientation that a camera wrote beside the pixels is not looked at.
 
     Raises:
-        BadInput: it is not a tar file, or ends in the middle of one.
-    """
-    key, members = "", {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-            for info in archive:
-                if not info.isfile():
-                    continue
-                folder, _, base = info.name.rpartition("/")
-                stem, _, ending = base.partition(".")
-                if f"{folder}/{stem}" != key:
-                    if members:
-                        yield RawSample(key.lstrip("/"), members)
-                    key, members = f"{folder}/{stem}", {}
-                file = archive.extractfile(info)
-                members[ending.lower()] = file.read() if file else b""
-            # The tarfile module takes a damaged header, or a missing one, for the end.
-            if content[archive.offset :][:BLOCK_BYTES] != bytes(BLOCK_BYTES):
-                raise tarfile.ReadError("it breaks off, or a header in it is damaged")
-    except tarfile.TarError as error:
-        raise BadInput(f"shard {name} is not a whole tar file: {error}") from error
-    if members:
-        yield RawSample(key.lstrip("/"), members)
-
-
-def decode_image(content: bytes, channels: int, resolution: int) -> np.ndarray:
-    """Encoded image to `[channels, resolution, resolution]` uint8.
-
-    Raises:
-        BrokenSample: it isn't a readable image, or has another size.
+        BrokenSample: it isn't a readable image.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            pixels = np.asarray(image.convert(MODES[channels]), dtype=np.uint8)
+            pixels = image.convert(MODES[channels])
     except UNREADABLE as error:
         raise BrokenSample(f"not a readable image ({error})") from error
-    if pixels.shape[:2] != (resolution, resolution):
-        height, width = pixels.shape[:2]
-        raise BrokenSample(f"{width} x {height}, not {resolution} x {resolution}")
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    # Colour profiles and the like would be written again with the pixels.
+    pixels.info.clear()
+    return pixels
 
 
-def decode_sample(
-    sample: RawSample, channels: int, resolution: int, num_classes: int
-) -> tuple[np.ndarray, int]:
-    """The image `[channels, resolution, resolution]` uint8 and the class id of a sample.
+def decode_image(
+    content: bytes, channels: int, resolution: int, crop: bool, out: np.ndarray
+) -> None:
+    """Encoded image to `out`, `[resolution, resolution, channels]` uint8.
+
+    Args:
+        content: the encoded image.
+        channels: 1 or 3.
+        resolution: the side wanted.
+        crop: an image of another size is cropped as ADM does, not refused.
+        out: where to put the pixels.
+
+    Raises:
+        BrokenSample: it isn't a readable image, or has another size and `crop` is off.
+    """
+    if channels == 3 and content[:3] == JPEG_START and _decode_jpeg(content, out):
+        return
+    image = open_image(content, channels)
+    if image.size != (resolution, resolution):
+        if not crop:
+            width, height = image.size
+            raise BrokenSample(f"{width} x {height}, not {resolution} x {resolution}")
+        image = center_crop(image, resolution)
+    out[:] = np.asarray(image, dtype=np.uint8).reshape(out.shape)
+
+
+def _decode_jpeg(content: bytes, out: np.ndarray) -> bool:
+    """Decodes a colour JPEG of just the right size to where it belongs; False for any other.
+
+    The pixels are those of Pillow, whose libjpeg-turbo it is as well, without two copies of them.
+    """
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(content)
+        if (height, width) != out.shape[:2] or space != THREE_COMPONENTS:
+            return False
+        simplejpeg.decode_jpeg(content, colorspace="RGB", buffer=out)
+    except ValueError:
+        # Pillow tells more of what is wrong, and reads some that are a little damaged.
+        return False
+    return True
+
+
+def class_of(members: Mapping[str, bytes]) -> int:
+    """The class id of a sample: its .cls member, or the label in its .json.
+
+    Raises:
+        BrokenSample: it has neither, or what it has is no number.
+    """
+    if LABEL_ENDING in members:
+        text = members[LABEL_ENDING]
+    elif JSON_ENDING in members:
+        try:
+            values = json.loads(members[JSON_ENDING])
+        except ValueError as error:
+            raise BrokenSample(f"its .{JSON_ENDING} member can't be read ({error})") from error
+        text = next((values[key] for key in LABEL_KEYS if key in values), None)
+    else:
+        text = None
+    if text is None:
+        raise BrokenSample(
+            f"it has no class: a .{LABEL_ENDING} member, or a .{JSON_ENDING} one with "
+            f"{' or '.join(LABEL_KEYS)}"
+        )
+    try:
+        return int(text)
+    except (ValueError, TypeError) as error:
+        raise BrokenSample(f"its class {text!r} is not a number") from error
+
+
+def encoded_image(members: Mapping[str, bytes]) -> bytes:
+    """The image among a sample's members.
+
+    Raises:
+        BrokenSample: there is none.
+    """
+    for ending in IMAGE_ENDINGS:
+        if ending in members:
+            return members[ending]
+    raise BrokenSample(f"it has no image: a member that ends in .{', .'.join(IMAGE_ENDINGS)}")
+
+
+def decode_sample(sample: RawSample, num_classes: int, crop: bool, out: np.ndarray) -> int:
+    """Puts the image into `out`, `[resolution, resolution, channels]` uint8; returns the class id.
 
     Raises:
         BrokenSample: a part is missing or unreadable.
         BadInput: the class id is outside `num_classes`.
     """
-    encoded = next((sample.members[e] for e in IMAGE_ENDINGS if e in sample.members), None)
-    if encoded is None or LABEL_ENDING not in sample.members:
-        raise BrokenSample(f"it needs an image and a .{LABEL_ENDING} member")
-    try:
-        label = int(sample.members[LABEL_ENDING])
-    except ValueError as error:
-        raise BrokenSample(f"its .{LABEL_ENDING} member is not a number") from error
+    label = class_of(sample.members)
     if not 0 <= label < num_classes:
         raise BadInput(
             f"sample {sample.key} has class id {label}, outside data.num_classes {num_classes}"
         )
-    return decode_image(encoded, channels, resolution), label
+    decode_image(encoded_image(sample.members), out.shape[2], out.shape[0], crop, out)
+    return label

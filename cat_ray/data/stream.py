@@ -6,28 +6,29 @@ stream at a time: while it trains on one, the next is read. A window is read as 
 because Ray Data's executor, which lives in the worker, spins as long as it is held back.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import ray.data
 import ray.train
 
-from cat_ray.data.decode import BrokenSample, decode_sample
-from cat_ray.data.index import Index, Shard
-from cat_ray.data.order import Stream, lane_images, pieces
-from cat_ray.data.read import read_shard
-from cat_ray.errors import BadInput
-from cat_ray.storage import Location
+from cat_ray.config import Config
+from cat_ray.data.index import Extents, Index, read_extents
+from cat_ray.data.order import Piece, Stream, lane_images, pieces
+from cat_ray.data.read import Batch, Part, Reading, read_parts
 from cat_ray.training.lanes import share
 
 DATASET_NAME = "train"
 CPUS_PER_READ = 0.5
 NODE_ID = "ray.io/node-id"
 FIRST_WINDOW_BATCHES = 4
+WINDOWS_AHEAD = 2
+BYTES_PER_READ = 24 * 2**20
+COLUMNS = ("content", "labels", "keys", "broken")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ class Due:
         noise_stream: how often the run was rolled back.
         gone_nodes: nodes that don't answer, though Ray may not know it yet.
         index: the shards.
-        folder: where they lie.
-        num_classes: class ids must be below this.
+        reading: how they are read.
     """
 
     stream: Stream
@@ -59,25 +59,7 @@ class Due:
     noise_stream: int
     gone_nodes: tuple[str, ...]
     index: Index
-    folder: Location
-    num_classes: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A worker's part of a global batch, or of a window of them, lane after lane.
-
-    Attributes:
-        images: `[n, channels, resolution, resolution]` uint8.
-        labels: `[n]` int64.
-        keys: `[n]`, each sample's shard and name in it.
-        broken: for each sample "", or a line where it can't be read and a neighbour stands in.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    keys: np.ndarray
-    broken: np.ndarray
+    reading: Reading
 
 
 @dataclass(frozen=True)
@@ -90,58 +72,94 @@ class RankStream:
     def batches(self) -> Iterator[Batch]:
         """The worker's part of every global batch still due, in order.
 
-        Reading begins with the call, before the first batch is asked for.
+        Reading begins with the call, before the first batch is asked for. A batch is a view, whose
+        content is another one's once the next window is being read: use it before asking on.
 
         Raises:
             BadInput: when iterated; a shard can't be read, or storage fails.
         """
         windows = list(windows_of(self.due))
-        reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="windows")
-        first = [reader.submit(self._window, *window) for window in windows[:1]]
-        return self._cut_windows(windows, reader, first)
+        readers = ThreadPoolExecutor(max_workers=WINDOWS_AHEAD, thread_name_prefix="windows")
+        # The one that is trained on, and those that are read meanwhile.
+        spare: list[Batch | None] = [None] * (WINDOWS_AHEAD + 1)
+        coming = [
+            readers.submit(self._window, *window, spare.pop()) for window in windows[:WINDOWS_AHEAD]
+        ]
+        return self._cut_windows(windows, readers, coming, spare)
 
     def _cut_windows(
-        self, windows: list[tuple[int, int]], reader: ThreadPoolExecutor, coming: list[Future]
+        self,
+        windows: list[tuple[int, int]],
+        readers: ThreadPoolExecutor,
+        coming: list[Future[Batch]],
+        spare: list[Batch | None],
     ) -> Iterator[Batch]:
-        with reader:
+        with readers:
             for place, (start, stop) in enumerate(windows):
-                window = coming.pop().result()
-                coming = [reader.submit(self._window, *w) for w in windows[place + 1 : place + 2]]
-                steps = (stop - start) // self.due.stream.batch_size
-                yield from _cut(window, len(self.lanes), steps)
+                window = coming.pop(0).result()
+                for following in windows[place + WINDOWS_AHEAD : place + WINDOWS_AHEAD + 1]:
+                    coming.append(readers.submit(self._window, *following, spare.pop()))
+                yield from _cut(window, (stop - start) // self.due.stream.batch_size)
+                spare.append(window)
 
-    def _window(self, start: int, stop: int) -> Batch:
-        """Reads the worker's samples between two places in the stream, lane after lane."""
-        tasks = [
-            {"lane": piece.lane, "start": piece.start, "shard": piece.shard, "members": members}
-            for piece in pieces(self.due.stream, self.lanes, start, stop)
-            for members in [np.asarray(piece.members)]
-        ]
-        dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-            read_piece,
-            batch_size=1,
-            fn_kwargs={"due": self.due},
+    @cached_property
+    def _extents(self) -> Extents:
+        return read_extents(self.due.reading.folder, self.due.index)
+
+    def _window(self, start: int, stop: int, room: Batch | None = None) -> Batch:
+        """Reads the worker's samples between two places in the stream, step after step.
+
+        `room` is a window that nobody looks at any more: new memory takes longer to fill.
+        """
+        due = self.due
+        rows = [self._row(piece, start) for piece in pieces(due.stream, self.lanes, start, stop)]
+        wanted = (stop - start) // due.stream.lanes * len(self.lanes)
+        tasks = max(1, wanted * due.reading.sample_bytes() // BYTES_PER_READ)
+        dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), tasks)).map_batches(
+            read_rows,
+            batch_size=None,
+            fn_kwargs={"reading": due.reading},
             num_cpus=CPUS_PER_READ,
-            **elsewhere(self.due.gone_nodes),
+            **elsewhere(due.gone_nodes),
         )
         dataset.context.enable_progress_bars = False
-        blocks: list[dict[str, Any]] = list(dataset.iter_batches(batch_size=None))
-        columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-        order = np.lexsort((columns["place"], columns["lane"]))
-        wanted = sum(
-            lane_images(self.due.stream, lane, stop) - lane_images(self.due.stream, lane, start)
-            for lane in self.lanes
+        if room is None or len(room.labels) < wanted:
+            room = Batch.empty(due.reading, wanted)
+        window, filled = room.rows(0, wanted), 0
+        for block in dataset.iter_batches(batch_size=None):
+            for name in COLUMNS:
+                getattr(window, name)[block["slot"]] = block[name]
+            filled += len(block["slot"])
+        assert filled == wanted, f"{filled} samples came, not {wanted}"
+        return window
+
+    def _row(self, piece: Piece, start: int) -> dict[str, Any]:
+        """What a reading task must know of a piece, and where its samples go in the window."""
+        stream, shard = self.due.stream, self.due.index.shards[piece.shard]
+        first = piece.members[0] // stream.block_images * stream.block_images
+        count = min(stream.block_images, shard.count - first)
+        pack, extents = self.due.index.pack_images, self._extents[shard.name]
+        lane_at = (
+            piece.start - lane_images(stream, piece.lane, start) + np.arange(len(piece.members))
         )
-        assert len(order) == wanted, f"{len(order)} samples came, not {wanted}"
-        return Batch(*(columns[name][order] for name in ("image", "label", "key", "broken")))
+        step, place = np.divmod(lane_at, stream.lane_size)
+        row = (step * len(self.lanes) + piece.lane - self.lanes.start) * stream.lane_size + place
+        return {
+            "shard": shard.name,
+            "begin": int(extents[first // pack]),
+            "end": int(extents[-(-(first + count) // pack)]),
+            "first": first,
+            "count": count,
+            "members": np.asarray(piece.members),
+            "slots": row,
+        }
 
 
-def _cut(window: Batch, lanes: int, steps: int) -> Iterator[Batch]:
-    """A window, lane after lane, as the batches of each step."""
-    columns = (window.images, window.labels, window.keys, window.broken)
-    by_step = [column.reshape(lanes, steps, -1, *column.shape[1:]) for column in columns]
-    for step in range(steps):
-        yield Batch(*(column[:, step].reshape(-1, *column.shape[3:]) for column in by_step))
+def _cut(window: Batch, steps: int) -> Iterator[Batch]:
+    """A window, step after step, as the batches of each."""
+    size = len(window.labels) // steps
+    for begin in range(0, steps * size, size):
+        yield window.rows(begin, begin + size)
 
 
 def elsewhere(nodes: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -159,6 +177,26 @@ def windows_of(due: Due) -> Iterator[tuple[int, int]]:
         stop = min(start + min(size, due.window), due.stop)
         yield start, stop
         start, size = stop, 2 * size
+
+
+def stream_of(config: Config, index: Index) -> Stream:
+    """The samples of a run, in its order."""
+    # In whole packs: those are read as one.
+    packs = -(-(config.data.block_images or index.block_images()) // index.pack_images)
+    return Stream(
+        seed=config.run.seed,
+        counts=tuple(shard.count for shard in index.shards),
+        block_images=packs * index.pack_images,
+        batch_size=config.optimisation.batch_size,
+        lanes=config.optimisation.lanes,
+    )
+
+
+def window_images(config: Config, reading: Reading) -> int:
+    """How many images are read at a time, over all workers: a multiple of the batch."""
+    batch_size = config.optimisation.batch_size
+    batches = config.data.window_megabytes * 10**6 // reading.sample_bytes() // batch_size
+    return max(1, batches) * batch_size
 
 
 def keep_helpers_here() -> None:
@@ -192,49 +230,15 @@ class LaneDataConfig(ray.train.DataConfig):
         ]
 
 
-def read_piece(task: dict[str, np.ndarray], due: Due) -> dict[str, np.ndarray]:
-    """Reads one piece: the columns image, label, key, lane, place, broken, a row for each sample.
-
-    `place` is the sample's among all of the lane since the start of the run.
-
-    A sample that can't be decoded is replaced by the nearest good one of the shard, so that counts
-    and order stay as planned, wherever the piece begins.
-
-    Raises:
-        BadInput: the shard can't be read, or none of its samples can.
-    """
-    shard = due.index.shards[int(task["shard"][0])]
-    members = [int(member) for member in task["members"][0]]
-    samples = read_shard(due.folder, shard)
-
-    def decode(member: int) -> tuple[np.ndarray, int]:
-        index = due.index
-        return decode_sample(samples[member], index.channels, index.resolution, due.num_classes)
-
-    rows: list[tuple[np.ndarray, int]] = []
-    broken: list[str] = []
-    for member in members:
-        try:
-            rows.append(decode(member))
-            broken.append("")
-        except BrokenSample as error:
-            broken.append(f"{shard.name}: {samples[member].key}: {error}")
-            rows.append(_stand_in(member, shard, decode))
+def read_rows(rows: dict[str, np.ndarray], reading: Reading) -> dict[str, np.ndarray]:
+    """A reading task: the columns of `Batch`, and `slot`, each sample's row in the window."""
+    names = ("shard", "begin", "end", "first", "count")
+    parts = [
+        Part(str(shard), *map(int, numbers), tuple(map(int, members)))
+        for shard, *numbers, members in zip(*(rows[n] for n in names), rows["members"], strict=True)
+    ]
+    batch = read_parts(reading, parts)
     return {
-        "image": np.stack([image for image, _ in rows]),
-        "label": np.asarray([label for _, label in rows], dtype=np.int64),
-        "key": np.asarray([f"{shard.name}/{samples[member].key}" for member in members]),
-        "lane": np.full(len(members), int(task["lane"][0])),
-        "place": int(task["start"][0]) + np.arange(len(members)),
-        "broken": np.asarray(broken),
+        **{name: getattr(batch, name) for name in COLUMNS},
+        "slot": np.concatenate([np.asarray(slots) for slots in rows["slots"]]),
     }
-
-
-def _stand_in(
-    member: int, shard: Shard, decode: Callable[[int], tuple[np.ndarray, int]]
-) -> tuple[np.ndarray, int]:
-    """The good sample of the shard that is nearest to a broken one."""
-    for other in sorted(range(shard.count), key=lambda other: abs(other - member)):
-        with contextlib.suppress(BrokenSample):
-            return decode(other)
-    raise BadInput(f"no sample of shard {shard.name} can be read")

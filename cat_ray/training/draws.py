@@ -20,6 +20,7 @@ class StepDraws:
         discriminator_real, discriminator_fake: augmentation in the discriminator's step.
         generator_real, generator_fake: augmentation in the generator's step.
         penalised: which of the n images the penalty is measured on, `[P]`.
+        posterior: of the reals' latents, `[n, c, R, R]`, where the networks work on latents.
         noise_real, noise_fake: the penalty's perturbations, a `[P, c, s_k, s_k]` for each scale.
     """
 
@@ -31,10 +32,16 @@ class StepDraws:
     penalised: Tensor
     noise_real: list[Tensor]
     noise_fake: list[Tensor]
+    posterior: Tensor | None = None
 
 
 def draw_step(
-    config: Config, lanes: range, step: int, device: torch.device, noise_stream: int = 0
+    config: Config,
+    lanes: range,
+    step: int,
+    device: torch.device,
+    noise_stream: int = 0,
+    posterior: bool = False,
 ) -> StepDraws:
     """The draws of some lanes at a step: a function of (seed, purpose, step, lane) alone.
 
@@ -71,4 +78,7 @@ def draw_step(
         penalised=rows[:, :penalised].flatten().to(device),
         noise_real=noise(Purpose.PENALTY_REAL),
         noise_fake=noise(Purpose.PENALTY_FAKE),
+        posterior=normal(streams(Purpose.POSTERIOR), lane_size, channels, side, side)
+        if posterior
+        else None,
     )

@@ -2,13 +2,11 @@
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 
-import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -18,22 +16,25 @@ from cat_ray.checkpoint.read import newest, newest_sound, read_state
 from cat_ray.checkpoint.retain import images_of
 from cat_ray.checkpoint.write import commit_if_whole
 from cat_ray.config import Config, dump
+from cat_ray.connection import connected
 from cat_ray.data.index import INDEX_NAME, Index, check_fits, check_shards, read_index
-from cat_ray.data.order import Stream
-from cat_ray.data.prepare import prepare
+from cat_ray.data.prepare import digits, prepare
+from cat_ray.data.read import reading_of
 from cat_ray.data.stream import (
     CPUS_PER_READ,
     DATASET_NAME,
     Due,
     LaneDataConfig,
     keep_helpers_here,
+    stream_of,
+    window_images,
 )
 from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
 from cat_ray.operations.identity import claim
 from cat_ray.operations.outcome import forget_outcome, write_outcome
 from cat_ray.operations.progress import Progress
 from cat_ray.operations.report import write_report
-from cat_ray.storage import ENVIRONMENT, Location, locate
+from cat_ray.storage import Location, locate
 from cat_ray.training import elasticity
 from cat_ray.training.elasticity import (
     ElasticTrainer,
@@ -112,25 +113,19 @@ def _still_due(config: Config, run: Location, shards: Location, index: Index) ->
             f"{roll_backs[-1].reason}"
         )
     checkpoint = newest_sound(run)
-    batch_size = config.optimisation.batch_size
+    reading = reading_of(config, index, shards)
     return Due(
-        stream=Stream(
-            seed=config.run.seed,
-            counts=tuple(shard.count for shard in index.shards),
-            batch_size=batch_size,
-            lanes=config.optimisation.lanes,
-        ),
+        stream=stream_of(config, index),
         start=read_state(checkpoint).images if checkpoint else 0,
         stop=config.run.total_images,
-        window=max(1, config.data.window_images // batch_size) * batch_size,
+        window=window_images(config, reading),
         checkpoint=checkpoint.uri if checkpoint else None,
         worker_group=uuid.uuid4().hex[:6],
         began=GroupClock.began,
         noise_stream=len(roll_backs),
         gone_nodes=Scaling.gone,
         index=index,
-        folder=shards,
-        num_classes=config.data.num_classes,
+        reading=reading,
     )
 
 
@@ -151,9 +146,10 @@ def _at(config: Config, run: Location, shards: Location) -> Config:
 
 def _checked_index(config: Config, shards: Location) -> Index:
     if config.data.source is not None and not (shards / INDEX_NAME).exists():
-        prepare(config.data.source, shards)
+        prepare(digits(config.data.shards, config.storage))
     index = read_index(shards)
-    check_fits(index, config.model.resolution, config.model.channels, config.data.num_classes)
+    reading = reading_of(config, index, shards)
+    check_fits(index, reading.resolution, reading.channels, reading.num_classes)
     check_shards(index, shards)
     return index
 
@@ -240,32 +236,8 @@ def _stopping(run: Location) -> Iterator[None]:
             signal.signal(known, handler)
 
 
-@contextlib.contextmanager
-def cluster(config: Config) -> Iterator[None]:
-    """A connection to the cluster of RAY_ADDRESS, or to one started here for as long as needed."""
-    logging.getLogger("ray").setLevel(logging.WARNING)
-    # What goes wrong there is raised as well.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    own = not ray.is_initialized()
-    if own and "RAY_ADDRESS" in os.environ:
-        ray.init(
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            runtime_env={"env_vars": {**ENVIRONMENT, **elasticity.JOB_ENVIRONMENT}},
-        )
-    elif own:
-        workers = config.workers
-        needed = math.ceil(workers.maximum * workers.cpus_per_worker + CPUS_PER_READ)
-        ray.init(
-            # Without it a cluster that runs on this machine for something else would be used.
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, needed),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-    try:
-        yield
-    finally:
-        if own:
-            ray.shutdown()
+def cluster(config: Config) -> contextlib.AbstractContextManager[None]:
+    """The cluster that a job runs on."""
+    workers = config.workers
+    needed = workers.maximum * workers.cpus_per_worker + CPUS_PER_READ
+    return connected(needed, elasticity.JOB_ENVIRONMENT)

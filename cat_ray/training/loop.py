@@ -3,7 +3,6 @@
 import torch
 
 from cat_ray.evaluation.alignment_metrics import alignment_figures
-from cat_ray.evaluation.sampling import to_unit
 from cat_ray.training.session import Session, due
 from cat_ray.training.steps import discriminator_step, generator_step
 
@@ -19,16 +18,16 @@ def train(session: Session) -> None:
     reuse = config.optimisation.reuse_generator_forward
 
     for batch in session.batches():
-        images = to_unit(torch.from_numpy(batch.images).to(session.device))
         labels = torch.from_numpy(batch.labels).to(session.device)
         draws = session.draw_step(batch)
+        reals = session.reals(batch, draws.posterior)
 
         with torch.set_grad_enabled(reuse):
             outputs = adversaries.generator(draws.latents, labels)
-        figures = discriminator_step(adversaries, images, labels, outputs.detach(), draws)
+        figures = discriminator_step(adversaries, reals, labels, outputs.detach(), draws)
         if not reuse:
             outputs = adversaries.generator(draws.latents, labels)
-        figures |= generator_step(adversaries, images, labels, outputs, draws)
+        figures |= generator_step(adversaries, reals.images, labels, outputs, draws)
         session.averages.update()
         session.images += batch_size
 

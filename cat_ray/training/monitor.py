@@ -15,11 +15,13 @@ from cat_ray.evaluation.sampling import latents, sample_stages, to_pixels, to_un
 from cat_ray.operations.journal import Journal
 from cat_ray.storage import Location
 from cat_ray.training.averaging import Averages
+from cat_ray.training.reals import RealsMaker
 
 GRIDS = "grids"
 GRID_ROWS = 4
 GRID_COLUMNS = 10
 REFERENCE_IMAGES = 5000
+DECODED_TOGETHER = 16
 
 
 class Monitor:
@@ -31,11 +33,13 @@ class Monitor:
         run: Location,
         due: Due,
         averages: Averages,
+        reals: RealsMaker,
         device: torch.device,
         journal: Journal | None,
     ):
         self._config, self._run, self._due = config, run, due
-        self._averages, self._device, self._journal = averages, device, journal
+        self._averages, self._reals = averages, reals
+        self._device, self._journal = device, journal
         self._reference: Reference | None = None
 
     def draw_grid(self, images: int) -> None:
@@ -44,7 +48,7 @@ class Monitor:
         count = columns * GRID_ROWS
         outputs = self._sample(range(count), torch.arange(count) % columns)
         if self._journal is not None:
-            picture = to_png(stage_grid(outputs, columns))
+            picture = to_png(stage_grid(self._visible(outputs), columns))
             (self._run / GRIDS / f"images-{images:012d}.png").write(picture)
 
     def evaluate(self, images: int) -> None:
@@ -72,10 +76,19 @@ class Monitor:
         with self._averages.applied(config.optimisation.ema_decays[0]) as network:
             return sample_stages(network, z, labels, self._device)
 
+    def _visible(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Stage outputs as pixels in [-1, 1], where there is a VAE for their latents."""
+        codec = self._reals.codec
+        if codec is None:
+            return outputs
+        parts = outputs.flatten(0, 1).split(DECODED_TOGETHER)
+        pixels = torch.cat([codec.decode(part.to(self._device)).cpu() for part in parts])
+        return pixels.unflatten(0, outputs.shape[:2])
+
     def _fitted_reference(self) -> Reference:
         if self._reference is None:
             due = self._due
-            images, labels = read_images(due.folder, due.index, due.num_classes, REFERENCE_IMAGES)
-            pixels = to_unit(torch.from_numpy(images)).flatten(1).numpy()
+            images, labels = read_images(due.reading, due.index, REFERENCE_IMAGES)
+            pixels = to_unit(torch.from_numpy(images).permute(0, 3, 1, 2)).flatten(1).numpy()
             self._reference = fit_reference(pixels, labels)
         return self._reference

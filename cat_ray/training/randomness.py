@@ -15,9 +15,11 @@ class Purpose(StrEnum):
     DISCRIMINATOR_AUGMENT_FAKE = "discriminator-augment-fake"
     GENERATOR_AUGMENT_REAL = "generator-augment-real"
     GENERATOR_AUGMENT_FAKE = "generator-augment-fake"
+    POSTERIOR = "posterior"
     PENALTY_REAL = "penalty-real"
     PENALTY_FAKE = "penalty-fake"
-    SHARD_ORDER = "shard-order"
+    # Named when a shard was one block: the name is part of every run's order.
+    BLOCK_ORDER = "shard-order"
     SAMPLE_ORDER = "sample-order"
     SAMPLE_LATENT = "sample-latent"
     PREPARATION = "preparation"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, distributed
 
-from cat_ray.data.stream import Batch
+from cat_ray.data.read import Batch
 from cat_ray.operations.goodput import Ledger
 
 

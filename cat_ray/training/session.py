@@ -13,7 +13,8 @@ from torch import Tensor, distributed
 
 from cat_ray.checkpoint.write import Saved
 from cat_ray.config import Config
-from cat_ray.data.stream import Batch, RankStream
+from cat_ray.data.read import Batch
+from cat_ray.data.stream import RankStream
 from cat_ray.errors import BadInput, GaveWay
 from cat_ray.operations.goodput import Bin, Ledger
 from cat_ray.operations.journal import EVENT, Journal
@@ -38,6 +39,7 @@ from cat_ray.training.health import (
 )
 from cat_ray.training.monitor import Monitor
 from cat_ray.training.preemption import Poller
+from cat_ray.training.reals import RealsMaker
 from cat_ray.training.recorder import Recorder
 from cat_ray.training.requests import NOTICES, RESIZE, STOP, StopFile
 from cat_ray.training.saver import Saver
@@ -84,12 +86,13 @@ class Session:
         )
         self.adversaries = self._state.adversaries
         self.averages = self._state.averages
+        self.reals = RealsMaker(config, stream.due.reading, self.device)
         self._agreement = Agreement()
         self._saver = Saver(config, self._run, stream.due, self._state, self._agreement)
         self._watchdog = Watchdog(config.workers.stall_seconds, end_process(self._run, rank))
         self._journal = self._open_journal(name) if rank == 0 else None
         self._monitor = Monitor(
-            config, self._run, stream.due, self.averages, self.device, self._journal
+            config, self._run, stream.due, self.averages, self.reals, self.device, self._journal
         )
         self._keys = SampleKeys(self._run, group, rank) if config.reporting.sample_keys else None
         self.recorder = Recorder(self.device)
@@ -125,7 +128,14 @@ class Session:
     def draw_step(self, batch: Batch) -> StepDraws:
         """The random numbers of the step that trains on a batch."""
         step = self.images // self.config.optimisation.batch_size
-        draws = draw_step(self.config, self.lanes, step, self.device, self.noise_stream)
+        draws = draw_step(
+            self.config,
+            self.lanes,
+            step,
+            self.device,
+            self.noise_stream,
+            posterior=self.reals.are_latents,
+        )
         if self._keys is not None:
             self._keys.add(self.images, self.lanes, batch.keys, draws.latents.cpu().numpy())
         return draws

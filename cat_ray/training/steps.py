@@ -18,6 +18,7 @@ from cat_ray.objective.penalty import finite_difference
 from cat_ray.objective.pyramid import real_pyramid, stage_pyramid
 from cat_ray.training.draws import StepDraws
 from cat_ray.training.engines import Engine
+from cat_ray.training.reals import Reals
 
 Figures = dict[str, Tensor]
 
@@ -33,13 +34,13 @@ class Adversaries:
 
 
 def discriminator_step(
-    adversaries: Adversaries, images: Tensor, labels: Tensor, outputs: Tensor, draws: StepDraws
+    adversaries: Adversaries, reals: Reals, labels: Tensor, outputs: Tensor, draws: StepDraws
 ) -> Figures:
     """Tells reals from fakes at every scale, with R1, R2 and alignment; moves only D.
 
     Args:
         adversaries: the two engines.
-        images: real images `[n, c, R, R]` in [-1, 1].
+        reals: real images, n of them.
         labels: their classes `[n]`, which the fakes share.
         outputs: the fakes' stage outputs `[K, n, c, R, R]`, detached.
         draws: the step's random numbers.
@@ -47,7 +48,7 @@ def discriminator_step(
     config, engine = adversaries.config, adversaries.discriminator
     objective, batch = config.objective, config.optimisation.batch_size
     policy, penalty = objective.augment.policy(), objective.penalty
-    scales, rows = config.model.scales(), draws.penalised
+    scales, rows, images = config.model.scales(), draws.penalised, reals.images
 
     real = real_pyramid(augment(images, draws.discriminator_real, policy), scales)
     fake = stage_pyramid(augment_stages(outputs, draws.discriminator_fake, policy), scales)
@@ -70,9 +71,9 @@ def discriminator_step(
     r1, r2 = slope(real_logits, near_real), slope(fake_logits, near_fake)
     loss = adversarial + penalty.weight / 2 * (r1 + r2)
     figures = {"d_loss": adversarial, "r1": r1, "r2": r2}
-    if adversaries.teacher is not None and projected is not None:
+    if adversaries.teacher is not None and projected is not None and reals.pictures is not None:
         grid = scales[-1] // config.model.discriminator.patch
-        target = adversaries.teacher(move(images, draws.discriminator_real), grid)
+        target = adversaries.teacher(move(reals.pictures, draws.discriminator_real), grid)
         aligned = alignment_loss(projected, target).sum() / batch
         loss = loss + objective.alignment.weight * aligned
         figures["alignment"] = aligned
@@ -89,7 +90,8 @@ def generator_step(
 ) -> Figures:
     """Makes every stage win at its scale and agree with the final output; moves only G.
 
-    `outputs` carry the generator's graph; the other arguments are as in `discriminator_step`.
+    `images` are the reals, `[n, c, R, R]`, and `outputs` carry the generator's graph; the other
+    arguments are as in `discriminator_step`.
     """
     config, judge = adversaries.config, adversaries.discriminator.module
     objective, batch = config.objective, config.optimisation.batch_size

@@ -1,0 +1,49 @@
+"""A connection to the Ray cluster of RAY_ADDRESS, or to one of this machine's own."""
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+
+from cat_ray.storage import ENVIRONMENT
+
+
+@contextlib.contextmanager
+def connected(
+    needed_cpus: float, environment: Mapping[str, str], exactly: float | None = None
+) -> Iterator[None]:
+    """Connects for as long as the block lasts, unless there is a connection already.
+
+    Args:
+        needed_cpus: what a cluster that is started here must have at least.
+        exactly: how many it shall have, where that matters.
+        environment: for the processes of a cluster that runs already.
+    """
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    # Only now: Ray Data sets its logger up as it is imported.
+    import ray.data
+
+    # What goes wrong there is raised as well.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    own = not ray.is_initialized()
+    if own and "RAY_ADDRESS" in os.environ:
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": {**ENVIRONMENT, **environment}},
+        )
+    elif own:
+        ray.init(
+            # Without it a cluster that runs on this machine for something else would be used.
+            address="local",
+            num_cpus=exactly or max(os.cpu_count() or 1, math.ceil(needed_cpus)),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    try:
+        yield
+    finally:
+        if own:
+            ray.shutdown()

@@ -1,0 +1,298 @@
+"""`cat-ray bench data`: how fast a job's shards come, step by step, and against two yardsticks.
+
+The yardsticks are bare decoding of images that lie in memory, and the webdataset library with
+PyTorch's DataLoader, each with as many processes as our path has reading tasks, in the same run.
+"""
+
+import io
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import webdataset
+from PIL import Image
+from rich.table import Table
+from torch.utils.data import DataLoader
+from webdataset.gopen import gopen_schemes
+
+from cat_ray.config import Config
+from cat_ray.connection import connected
+from cat_ray.data.crop import center_crop
+from cat_ray.data.decode import IMAGE_ENDINGS, encoded_image
+from cat_ray.data.index import Extents, Index, check_fits, check_shards, read_extents, read_index
+from cat_ray.data.order import blocks
+from cat_ray.data.packs import unpack
+from cat_ray.data.read import Batch, Part, Reading, decode_part, fetch, read_parts, reading_of
+from cat_ray.data.stream import CPUS_PER_READ, Due, RankStream, stream_of, window_images
+from cat_ray.data.tar import RawSample, samples
+from cat_ray.storage import Location, locate
+
+OURS, BARE, PEER = "cat-ray (Ray Data)", "bare decode", "webdataset + DataLoader"
+ALONE_IMAGES = 512
+PEER_BATCH = 64
+STREAM_BUFFER_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class DataSpeed:
+    """Images per second of each repetition, by what was measured.
+
+    Attributes:
+        workers: processes that read and decode.
+        steps: each step alone, in one process.
+        paths: the whole way, with so many workers.
+    """
+
+    workers: int
+    steps: Mapping[str, Sequence[float]]
+    paths: Mapping[str, Sequence[float]]
+
+    def ratio(self, path: str) -> float:
+        """Our median over that of another path."""
+        return statistics.median(self.paths[OURS]) / statistics.median(self.paths[path])
+
+
+def bench_data(config: Config, images: int, workers: int, repetitions: int) -> DataSpeed:
+    """Measures a job's shards; the repetitions of what is compared take turns.
+
+    Args:
+        config: the job, for its shards and what the model takes.
+        images: how many to read each time.
+        workers: processes that read and decode.
+        repetitions: of each measurement.
+
+    Raises:
+        BadInput: the shards can't be read, or don't fit the model.
+    """
+    storage = config.storage
+    folder = locate(config.data.shards, storage.endpoint_url, storage.region)
+    index = read_index(folder)
+    reading = reading_of(config, index, folder)
+    check_fits(index, reading.resolution, reading.channels, reading.num_classes)
+    check_shards(index, folder)
+    parts = _parts(config, index, read_extents(folder, index))
+    ways: dict[str, Callable[[], float]] = {
+        PEER: partial(_peer, reading, index, images, workers),
+        OURS: partial(_ours, config, reading, index, images),
+    }
+    steps: dict[str, list[float]] = {}
+    paths: dict[str, list[float]] = {}
+    with ExitStack() as around:
+        if reading.contents == "images":
+            processes = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+            around.enter_context(processes)
+            ways = {BARE: partial(_bare, processes, workers, reading, parts, images), **ways}
+        around.enter_context(connected(0, {}, exactly=workers * CPUS_PER_READ))
+        for _ in range(repetitions):
+            for name, rate in _steps(reading, parts):
+                steps.setdefault(name, []).append(rate)
+            for name, measure in ways.items():
+                paths.setdefault(name, []).append(measure())
+    return DataSpeed(workers, steps, paths)
+
+
+def _parts(config: Config, index: Index, extents: Extents) -> list[Part]:
+    """Whole blocks in the order of a run's first epoch, some hundreds of images of them."""
+    stream = stream_of(config, index)
+    of, found = blocks(stream), []
+    random = np.random.default_rng(0).permutation(len(of.shard))
+    for block in random[: -(-ALONE_IMAGES // stream.block_images)]:
+        shard, first, count = (
+            index.shards[of.shard[block]],
+            int(of.first[block]),
+            int(of.count[block]),
+        )
+        places, pack = extents[shard.name], index.pack_images
+        begin, end = int(places[first // pack]), int(places[-(-(first + count) // pack)])
+        found.append(Part(shard.name, begin, end, first, count, tuple(range(first, first + count))))
+    return found
+
+
+def _steps(reading: Reading, parts: Sequence[Part]) -> Iterator[tuple[str, float]]:
+    """Each step's rate, alone, in this process."""
+    images = sum(part.count for part in parts)
+
+    def timed(step: Callable[[], Any]) -> tuple[float, Any]:
+        began = time.perf_counter()
+        result = step()
+        return images / (time.perf_counter() - began), result
+
+    read, contents = timed(lambda: [fetch(reading, part) for part in parts])
+    yield "read, one at a time", read
+    untarred, raw = timed(
+        lambda: [
+            list(samples(content, part.shard, whole=False))
+            for part, content in zip(parts, contents, strict=True)
+        ]
+    )
+    yield "untar", untarred
+    if reading.contents == "images":
+        encoded = [encoded_image(sample.members) for block in raw for sample in block]
+        decoded, pictures = timed(lambda: [np.asarray(_open(content)) for content in encoded])
+        yield "decode (Pillow)", decoded
+        if reading.crop:
+            opened = [Image.fromarray(picture) for picture in pictures]
+            yield "crop", timed(lambda: [center_crop(i, reading.resolution) for i in opened])[0]
+    room = Batch.empty(reading, images)
+
+    def decode(parts_and_blocks: Sequence[tuple[Part, list[RawSample]]]) -> None:
+        row = 0
+        for part, block in parts_and_blocks:
+            decode_part(reading, part, block, room.rows(row, row + part.count))
+            row += part.count
+
+    # Once before: new memory takes longer to fill.
+    decode(list(zip(parts, raw, strict=True)))
+    ours, _ = timed(lambda: decode(list(zip(parts, raw, strict=True))))
+    yield "decode and crop, as cat-ray does", ours
+    batches = [room.rows(row, row + 1) for row in range(images)]
+    yield "collate", timed(lambda: np.concatenate([one.content for one in batches]))[0]
+    yield "all of it, one process", timed(lambda: read_parts(reading, parts))[0]
+
+
+def _open(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def _pixels(content: bytes, resolution: int) -> np.ndarray:
+    """An encoded image as pixels `[R, R, 3]`, as anyone would write it."""
+    image = _open(content)
+    if image.size != (resolution, resolution):
+        image = center_crop(image, resolution)
+    return np.asarray(image)
+
+
+def _bare(
+    processes: ProcessPoolExecutor,
+    workers: int,
+    reading: Reading,
+    parts: Sequence[Part],
+    images: int,
+) -> float:
+    """The rate at which so many processes decode images that lie in their memory."""
+    encoded = [
+        encoded_image(sample.members)
+        for part in parts
+        for sample in samples(fetch(reading, part), part.shard, whole=False)
+    ]
+    each = images // workers
+    running = [
+        processes.submit(_decode_many, encoded, reading.resolution, each) for _ in range(workers)
+    ]
+    spans = [process.result() for process in running]
+    # They begin together but for the time that their input takes to arrive.
+    return each * workers / (max(end for _, end in spans) - min(begin for begin, _ in spans))
+
+
+def _decode_many(encoded: Sequence[bytes], resolution: int, images: int) -> tuple[float, float]:
+    began = time.time()
+    for place in range(images):
+        _pixels(encoded[place % len(encoded)], resolution)
+    return began, time.time()
+
+
+def _peer(reading: Reading, index: Index, images: int, workers: int) -> float:
+    """The rate of the webdataset library with PyTorch's DataLoader."""
+    place = partial(_open_stream, reading.folder)
+    names = [f"cat-ray-bench:{shard.name}" for shard in index.shards]
+    dataset = webdataset.WebDataset(names, shardshuffle=False, repeat=True, empty_check=False)
+    if reading.contents == "latents":
+        pipeline = dataset.map(_peer_pack)
+        batch = index.pack_images
+    else:
+        pipeline = dataset.map(partial(_peer_image, resolution=reading.resolution))
+        pipeline, batch = pipeline.batched(PEER_BATCH), PEER_BATCH
+    loader = DataLoader(
+        pipeline,
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context="spawn",
+        worker_init_fn=partial(_register, place),
+    )
+    return _rate((batch for _ in loader), images)
+
+
+def _register(place: Callable[[str], Any], worker: int) -> None:
+    gopen_schemes["cat-ray-bench"] = place
+
+
+def _open_stream(folder: Location, url: str, mode: str = "rb", bufsize: int = 0) -> Any:
+    place = folder / url.split(":", 1)[1]
+    if place.local_path is not None:
+        return place.local_path.open("rb")
+    return place.filesystem.open_input_stream(place.path, buffer_size=STREAM_BUFFER_BYTES)
+
+
+def _peer_image(sample: dict[str, Any], resolution: int) -> tuple[np.ndarray, int]:
+    content = next(sample[ending] for ending in IMAGE_ENDINGS if ending in sample)
+    return _pixels(content, resolution), int(sample["cls"])
+
+
+def _peer_pack(sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    members = {name: value for name, value in sample.items() if not name.startswith("__")}
+    pack = unpack(RawSample(sample["__key__"], members), sample["__url__"])
+    return pack.latents, pack.classes
+
+
+def _ours(config: Config, reading: Reading, index: Index, images: int) -> float:
+    """The rate at which one worker gets its batches, reading with all of the cluster's CPUs."""
+    stream = stream_of(config, index)
+    due = Due(
+        stream=stream,
+        start=0,
+        stop=-(-images // stream.batch_size) * stream.batch_size,
+        window=window_images(config, reading),
+        checkpoint=None,
+        worker_group="bench",
+        began=time.time(),
+        noise_stream=0,
+        gone_nodes=(),
+        index=index,
+        reading=reading,
+    )
+    batches = RankStream(due, range(stream.lanes)).batches()
+    return _rate((len(batch.labels) for batch in batches), images)
+
+
+def _rate(counts: Iterator[int], images: int) -> float:
+    """Images per second after the first batch, which waits for processes to start."""
+    next(counts)
+    began, seen = time.perf_counter(), 0
+    for count in counts:
+        seen += count
+        if seen >= images:
+            break
+    return seen / (time.perf_counter() - began)
+
+
+def bench_tables(speed: DataSpeed) -> Iterator[Table]:
+    """The figures, for a person: medians with the range."""
+    steps = Table("step", "images/s", "least", "most", title="each step alone, one process")
+    for name, rates in speed.steps.items():
+        steps.add_row(name, *_row(rates))
+    yield steps
+    plural = "s" if speed.workers > 1 else ""
+    paths = Table(
+        "path", "images/s", "least", "most", "cat-ray is", title=f"{speed.workers} worker{plural}"
+    )
+    for name, rates in speed.paths.items():
+        paths.add_row(name, *_row(rates), f"{speed.ratio(name):.2f} x" if name != OURS else "")
+    yield paths
+
+
+def to_json(speed: DataSpeed) -> str:
+    """The same for scripts."""
+    ratios = {name: speed.ratio(name) for name in speed.paths if name != OURS}
+    return json.dumps({**asdict(speed), "ratios": ratios}, indent=1)
+
+
+def _row(rates: Sequence[float]) -> list[str]:
+    return [f"{value:,.0f}" for value in (statistics.median(rates), min(rates), max(rates))]
