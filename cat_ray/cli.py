@@ -107,7 +107,8 @@ def inspect(
         place = resolve(locate(checkpoint, endpoint_url))
         if verify and (damaged := damages(place)):
             raise BadInput(
-                f"{'; '.join(damaged)}: a run in this folder goes on from the checkpoint before it"
+                f"{'; '.join(damaged)}: a run in this folder goes on from the newest checkpoint "
+                "that is not damaged"
             )
         state, config = read_state(place), read_config(place)
         table = Table("file", "bytes", "sha256", title=place.uri, title_justify="left")

@@ -21,6 +21,8 @@ def connected(
         environment: for the processes of a cluster that runs already.
     """
     logging.getLogger("ray").setLevel(logging.WARNING)
+    # That a new cluster asks for a token, which its own processes have, is no warning.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # Only now: Ray Data sets its logger up as it is imported.
     import ray.data
 

@@ -22,6 +22,7 @@ from cat_ray.storage import Location
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
+DAMAGED = "damaged"
 STATE = "state.json"
 FORMAT = 2
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cat_ray.checkpoint.layout import (
+    DAMAGED,
     FOLDER,
     GENERATOR,
     MANIFEST,
@@ -46,10 +47,16 @@ def newest(run: Location) -> Location | None:
     return next(complete(run), None)
 
 
+def any_committed(run: Location) -> bool:
+    """Whether a run folder has checkpoints that were complete once, damaged or not."""
+    return any((folder / MANIFEST).exists() for folder in (run / FOLDER).folders())
+
+
 def newest_sound(run: Location) -> Location | None:
     """The newest checkpoint in which every file has its sha256, or None.
 
-    The damaged files of one that was committed are named in a warning, and it is passed over.
+    The damaged files of one that was committed are named in a warning; it is passed over, and
+    marked, so that it takes no place among those that are kept.
     """
     for checkpoint in reversed((run / FOLDER).folders()):
         if not (checkpoint / MANIFEST).exists():
@@ -57,7 +64,8 @@ def newest_sound(run: Location) -> Location | None:
         damaged = verify(checkpoint)
         if not damaged:
             return checkpoint
-        logger.warning("%s; the checkpoint before it is used", "; ".join(damaged))
+        logger.warning("%s; this checkpoint is passed over", "; ".join(damaged))
+        (checkpoint / DAMAGED).write("\n".join(damaged).encode())
     return None
 
 

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cat_ray.checkpoint.layout import FOLDER, MANIFEST, read_whole
+from cat_ray.checkpoint.layout import DAMAGED, FOLDER, MANIFEST, read_whole
 from cat_ray.errors import BadInput
 from cat_ray.storage import Location
 
@@ -41,8 +41,8 @@ def drop_old(
 ) -> None:
     """Deletes the checkpoints that `kept` leaves out and nobody holds a lease of.
 
-    What was never committed goes as well when a committed one is newer. Where the storage fails,
-    what is left is deleted the next time.
+    What was never committed, or is damaged, goes as well when a committed one is newer. Where the
+    storage fails, what is left is deleted the next time.
 
     Args:
         run: the run's folder.
@@ -101,7 +101,11 @@ def _drop_old(
     run: Location, keep: int, every_images: int | None, committed: Location | None
 ) -> None:
     folders = (run / FOLDER).folders()
-    complete = [folder for folder in folders if read_whole(folder) is not None]
+    complete = [
+        folder
+        for folder in folders
+        if read_whole(folder) is not None and not (folder / DAMAGED).exists()
+    ]
     if not complete:
         return
     newest = images_of((committed or complete[-1]).name)

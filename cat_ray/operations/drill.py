@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import ray
 from ray.cluster_utils import Cluster
+from rich.console import Console
 from rich.table import Table
 
 from cat_ray.checkpoint.read import newest_sound, read_state, verify
@@ -93,7 +94,7 @@ def drill(config: Config, faults: Sequence[Fault]) -> Drilled:
     run = locate(faulty.run.folder, config.storage.endpoint_url, config.storage.region)
     if run.sizes() or run.folders():
         raise BadInput(f"{run.uri} isn't empty: a drill begins a run of its own")
-    failure = ""
+    failure, console = "", Console()
     of_nodes = any(fault.kind not in BY_WORKER for fault in faults)
     with ExitStack() as around:
         if of_nodes:
@@ -101,12 +102,14 @@ def drill(config: Config, faults: Sequence[Fault]) -> Drilled:
             faulty = faulty.model_copy(update={"workers": workers})
             nodes = around.enter_context(_nodes(workers.maximum, cpus))
             around.enter_context(_node_faults(run, faults, nodes, cpus))
+        console.rule("with faults on purpose: Ray reports workers and nodes that died")
         try:
             train(faulty, faults)
         except RunFailed as error:
             failure = str(error)
     promises = _findings(faulty, run, failure)
     if all(kept for _, kept, _ in promises):
+        console.rule("undisturbed")
         train(undisturbed)
         other = locate(undisturbed.run.folder, config.storage.endpoint_url, config.storage.region)
         # Groups of other sizes round otherwise, and a GAN makes much of it in a hundred steps: with

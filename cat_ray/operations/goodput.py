@@ -48,6 +48,7 @@ class Row:
         images: images of the run seen by then.
         seconds: spent in each bin since `began`; together they are `at - began`.
         outcome: how the worker ended, in its last row.
+        session: the call of the command that it belongs to.
     """
 
     group: str
@@ -58,6 +59,7 @@ class Row:
     images: int
     seconds: dict[Bin, float]
     outcome: Outcome | None = None
+    session: str = ""
 
 
 class Ledger:
@@ -74,6 +76,7 @@ class Ledger:
         images: images of the run that the group goes on from.
         began: when the driver began to start the group, unix time; now without it.
         clock: unix time in seconds; it must not go back.
+        session: the call of the command, which may start several groups.
 
     Raises:
         BadInput: the storage doesn't take the rows, here or in any method that writes one.
@@ -88,6 +91,7 @@ class Ledger:
         images: int,
         began: float | None = None,
         clock: Callable[[], float] = unix_time,
+        session: str = "",
     ):
         self._clock = clock
         now = clock()
@@ -95,7 +99,7 @@ class Ledger:
         self._since = now if began is None else min(began, now)
         self._seconds: dict[Bin, float] = dict.fromkeys(BINS, 0.0)
         self._open: list[Bin] = ["start"]
-        self._row = Row(group, rank, workers, self._since, self._since, images, {})
+        self._row = Row(group, rank, workers, self._since, self._since, images, {}, session=session)
         self._place = run / LEDGER / f"{group}-{rank:04d}.jsonl"
         self._written = bytearray()
         self._uploaded = -math.inf
@@ -184,6 +188,7 @@ class Group:
         ended: its last sign of life, or the beginning of the next group; unix time.
         images: images of the run at its last sign of life.
         kept: work on images beyond these was done again by a later group.
+        session: the call of the command that it belongs to.
         rows: each worker's rows, in order of time; none of a worker that died before its first.
     """
 
@@ -192,6 +197,7 @@ class Group:
     ended: float
     images: int
     kept: float
+    session: str
     rows: tuple[tuple[Row, ...], ...]
 
 
@@ -211,6 +217,7 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
                 ended=min(members[-1].at, next_began),
                 images=max(row.images for row in members),
                 kept=kept,
+                session=members[0].session,
                 rows=tuple(
                     tuple(row for row in members if row.rank == rank) for rank in range(workers)
                 ),
@@ -225,7 +232,7 @@ def account(groups: Sequence[Group], away_seconds: float = AWAY_SECONDS) -> dict
     """The worker-seconds of every bin.
 
     Between two groups the workers of the later one are `idle`, unless it is longer than
-    `away_seconds`: then nobody was paid for.
+    `away_seconds`, or the command was not running: then nobody was paid for.
     """
     total: dict[AnyBin, float] = dict.fromkeys(ALL_BINS, 0.0)
     for group in groups:
@@ -234,7 +241,7 @@ def account(groups: Sequence[Group], away_seconds: float = AWAY_SECONDS) -> dict
                 total[name] += seconds
     for group, later in pairwise(groups):
         gap = later.began - group.ended
-        if gap <= away_seconds:
+        if gap <= away_seconds and group.session == later.session:
             total["idle"] += gap * later.workers
     return total
 

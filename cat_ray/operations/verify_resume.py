@@ -3,6 +3,8 @@
 What must come out the same is compared: images seen, samples, noise, weights, averages, moments.
 """
 
+from rich.console import Console
+
 from cat_ray.config import Config
 from cat_ray.operations.comparison import Compared, compare, tolerance
 from cat_ray.storage import Location, locate
@@ -42,12 +44,15 @@ def verify_resume(config: Config) -> list[Compared]:
     workers = config.workers.maximum
     kills = tuple(Fault("kill", save * apart + batch, save % workers) for save in range(1, SAVES))
     sizes = [workers, 1, largest, workers]
+    told, console = "-".join(map(str, sizes)), Console()
     with cluster(_part(config, "largest", total, largest)):
+        console.rule("undisturbed")
         undisturbed = _trained(_part(config, "undisturbed", total, workers))
+        console.rule(f"killed {len(kills)} times on purpose: Ray reports workers that died")
         killed = _trained(_part(config, "killed", total, workers), kills)
+        console.rule(f"resized: {told} workers")
         for save, size in enumerate(sizes, start=1):
             resized = _trained(_part(config, "resized", save * apart, size))
-    told = "-".join(map(str, sizes))
     allowed = tolerance(_part(config, "resized", total, workers))
     return [
         *compare(f"{len(kills)} kills, {workers} workers", undisturbed, killed, None),

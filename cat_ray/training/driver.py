@@ -12,7 +12,7 @@ from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cat_ray.checkpoint.layout import FOLDER
-from cat_ray.checkpoint.read import newest, newest_sound, read_state
+from cat_ray.checkpoint.read import any_committed, newest, newest_sound, read_state
 from cat_ray.checkpoint.retain import images_of
 from cat_ray.checkpoint.write import commit_if_whole
 from cat_ray.config import Config, dump
@@ -51,6 +51,8 @@ from cat_ray.training.worker import work
 RAY_FOLDER = "ray"
 COLLECTIVE_SECONDS = 1800
 
+logger = logging.getLogger(__name__)
+
 
 def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
     """Runs a job to its end, from the newest complete checkpoint if its folder has one.
@@ -83,7 +85,9 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
 
     session = uuid.uuid4().hex[:8]
     try:
-        if still_due().start < config.run.total_images:
+        if still_due().start >= config.run.total_images:
+            logger.warning("%s was trained to its end before: nothing is left to do", run.uri)
+        else:
             # Ray sets a handler for SIGTERM as it starts: ours comes after it.
             with cluster(config), _stopping(run), Progress(run, session, config.run.total_images):
                 _fit(config, run, session, still_due, faults)
@@ -113,6 +117,11 @@ def _still_due(config: Config, run: Location, shards: Location, index: Index) ->
             f"{roll_backs[-1].reason}"
         )
     checkpoint = newest_sound(run)
+    if checkpoint is None and any_committed(run):
+        raise BadInput(
+            f"every checkpoint in {run.uri} is damaged: restore one from a copy, or choose another "
+            "run.folder to begin anew"
+        )
     reading = reading_of(config, index, shards)
     return Due(
         stream=stream_of(config, index),
@@ -204,7 +213,10 @@ def _fit(
     except TrainingFailedError as error:
         told = told_to_user(error)
         if isinstance(told, GaveWay):
-            raise Unfinished(f"{told}; run the same command again to go on") from error
+            raise Unfinished(
+                f"stopped with a checkpoint at {_images(run):,} images ({told}); "
+                "run the same command again to go on"
+            ) from error
         if told is not None:
             raise told from error
         raise RunFailed(f"training failed: {_last_line(error)}") from error
@@ -223,7 +235,7 @@ def _stopping(run: Location) -> Iterator[None]:
         del frame
         for known, handler in before.items():
             signal.signal(known, handler)
-        logging.getLogger(__name__).warning(
+        logger.warning(
             "%s: saving, then stopping; once more to stop at once", signal.Signals(number).name
         )
         ask_to_stop(run)

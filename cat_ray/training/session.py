@@ -75,7 +75,13 @@ class Session:
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         group = stream.due.worker_group
         self._ledger = Ledger(
-            self._run, group, rank, world_size, self.images, began=stream.due.began
+            self._run,
+            group,
+            rank,
+            world_size,
+            self.images,
+            began=stream.due.began,
+            session=name,
         )
         checkpoint = stream.due.checkpoint
         storage = config.storage

@@ -258,7 +258,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(run, damage, 
     assert newest_sound(run) == previous
     (told,) = verify(last)
     assert f"{last.uri}/{name} is damaged" in told
-    assert caplog.messages == [f"{told}; the checkpoint before it is used"]
+    assert caplog.messages == [f"{told}; this checkpoint is passed over"]
 
 
 @pytest.mark.parametrize("name", FILES[:-1])
@@ -267,7 +267,7 @@ def test_a_missing_file_is_named_and_the_checkpoint_before_is_used(run, name, ca
     (last / name).delete()
     assert newest_sound(run) == previous
     assert verify(last) == [f"{last.uri}/{name} doesn't exist"]
-    assert f"{last.uri}/{name} doesn't exist; the checkpoint before" in caplog.text
+    assert f"{last.uri}/{name} doesn't exist; this checkpoint is passed over" in caplog.text
 
 
 def test_each_damaged_file_is_named_and_where_all_checkpoints_are_damaged_there_is_none(run):
@@ -319,10 +319,11 @@ def test_on_object_storage_two_workers_save_check_and_keep_few(remote_run, tmp_p
 
     with lease(places[0]):
         drop_old(run, 1)
-        assert list(complete(run)) == [places[2], places[0]]
+        assert list(complete(run)) == [places[2], places[1], places[0]]
         check(places[0], 32)
+    # The damaged one takes no place from the newest that is sound.
     drop_old(run, 1)
-    assert list(complete(run)) == [places[2]]
+    assert list(complete(run)) == [places[2], places[1]]
     with pytest.raises(BadInput, match="was deleted while it was being opened"), lease(places[0]):
         raise AssertionError("it was opened")
     # Nothing waits for its upload any longer.

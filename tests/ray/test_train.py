@@ -166,6 +166,20 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(
+    job_file: Path, tmp_path: Path
+) -> None:
+    assert train(job_file).returncode == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for path in checkpoints.glob("*/generator.00-of-02.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = sorted(folder.name for folder in checkpoints.iterdir())
+    again = train(job_file, "run.total_images=128")
+    assert again.returncode == 2
+    assert f"every checkpoint in {tmp_path}/run is damaged" in again.stderr
+    assert sorted(folder.name for folder in checkpoints.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("fault", "message"), [("truncate", "truncated or replaced"), ("remove", "is missing")]
 )

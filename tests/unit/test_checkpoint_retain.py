@@ -142,6 +142,17 @@ def test_a_damaged_checkpoint_ahead_drives_out_none_of_those_that_the_run_goes_o
     assert left(run) == [96, 112, 128]
 
 
+def test_a_damaged_checkpoint_that_the_run_has_passed_takes_no_place_and_goes(run):
+    for images in (32, 64):
+        save(run, images)
+    path = local(place(run, 64) / slice_file(GENERATOR, 0, 1))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert newest_sound(run) == place(run, 32)
+    committed = save(run, 96)
+    drop_old(run, keep=2, committed=committed)
+    assert left(run) == [32, 96]
+
+
 def test_storage_that_fails_while_old_ones_are_deleted_fails_no_save(run, monkeypatch, caplog):
     for images in (32, 64):
         save(run, images)

@@ -4,6 +4,7 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -320,6 +321,15 @@ def test_between_groups_the_later_ones_workers_are_idle():
         *(row(130, 10, {}, group="b", began=130, workers=3, rank=rank) for rank in range(3)),
     ]
     assert bins_of(rows) == {"train": 100, "idle": 90}
+
+
+@pytest.mark.parametrize(("session", "idle"), [("one", {"idle": 30}), ("another", {})])
+def test_between_two_calls_of_the_command_nobody_was_paid(session, idle):
+    rows = [
+        replace(row(50, 16, {"train": 50}, "yielded", group="a"), session="one"),
+        replace(row(130, 32, {"train": 50}, "finished", group="b", began=80), session=session),
+    ]
+    assert bins_of(rows) == {"train": 100, **idle}
 
 
 @pytest.mark.parametrize(("away_seconds", "idle"), [(29.9, {}), (30.0, {"idle": 30})])

@@ -170,7 +170,7 @@ def in_group(*errors: Exception) -> WorkerGroupError:
         (
             in_group(GaveWay("stop", "asked to stop: saving")),
             Unfinished,
-            "asked to stop: saving; run the same command again to go on",
+            "(asked to stop: saving); run the same command again to go on",
         ),
         (ControllerError(Unfinished("too few nodes")), Unfinished, "too few nodes"),
         (in_group(RuntimeError("peer"), BadInput("no such shard")), BadInput, "no such shard"),
