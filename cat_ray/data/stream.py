@@ -26,8 +26,8 @@ DATASET_NAME = "train"
 CPUS_PER_READ = 0.5
 NODE_ID = "ray.io/node-id"
 FIRST_WINDOW_BATCHES = 4
-WINDOWS_AHEAD = 2
-BYTES_PER_READ = 24 * 2**20
+WINDOWS_AHEAD, TASKS_PER_WINDOW = 2, 4
+BYTES_PER_READ = 48 * 2**20
 COLUMNS = ("content", "labels", "keys", "broken")
 
 
@@ -114,7 +114,7 @@ class RankStream:
         due = self.due
         rows = [self._row(piece, start) for piece in pieces(due.stream, self.lanes, start, stop)]
         wanted = (stop - start) // due.stream.lanes * len(self.lanes)
-        tasks = max(1, wanted * due.reading.sample_bytes() // BYTES_PER_READ)
+        tasks = max(TASKS_PER_WINDOW, wanted * due.reading.sample_bytes() // BYTES_PER_READ)
         dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), tasks)).map_batches(
             read_rows,
             batch_size=None,
@@ -122,7 +122,7 @@ class RankStream:
             num_cpus=CPUS_PER_READ,
             **elsewhere(due.gone_nodes),
         )
-        dataset.context.enable_progress_bars = False
+        _without_overhead(dataset.context)
         if room is None or len(room.labels) < wanted:
             room = Batch.empty(due.reading, wanted)
         window, filled = room.rows(0, wanted), 0
@@ -153,6 +153,17 @@ class RankStream:
             "members": np.asarray(piece.members),
             "slots": row,
         }
+
+
+def _without_overhead(context: ray.data.DataContext) -> None:
+    """Leaves out what Ray Data does for each task and a window has no need of.
+
+    What it holds at most is bounded by its size. Sharing out resources among the steps of a
+    pipeline, of which there is one, takes 10 ms for each task, and looking at its memory as long.
+    """
+    context.enable_progress_bars = False
+    context.op_resource_reservation_enabled = False
+    context.memory_usage_poll_interval_s = None
 
 
 def _cut(window: Batch, steps: int) -> Iterator[Batch]:

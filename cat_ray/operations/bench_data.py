@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -38,6 +39,8 @@ from cat_ray.storage import Location, locate
 OURS, BARE, PEER = "cat-ray (Ray Data)", "bare decode", "webdataset + DataLoader"
 ALONE_IMAGES = 512
 PEER_BATCH = 64
+# So great a part of the images as is measured comes before, unmeasured.
+WARM_UP = 2
 STREAM_BUFFER_BYTES = 2**22
 
 
@@ -203,7 +206,7 @@ def _peer(reading: Reading, index: Index, images: int, workers: int) -> float:
     """The rate of the webdataset library with PyTorch's DataLoader."""
     place = partial(_open_stream, reading.folder)
     names = [f"cat-ray-bench:{shard.name}" for shard in index.shards]
-    dataset = webdataset.WebDataset(names, shardshuffle=False, repeat=True, empty_check=False)
+    dataset = webdataset.WebDataset(names, shardshuffle=False, empty_check=False)
     if reading.contents == "latents":
         pipeline = dataset.map(_peer_pack)
         batch = index.pack_images
@@ -211,7 +214,7 @@ def _peer(reading: Reading, index: Index, images: int, workers: int) -> float:
         pipeline = dataset.map(partial(_peer_image, resolution=reading.resolution))
         pipeline, batch = pipeline.batched(PEER_BATCH), PEER_BATCH
     loader = DataLoader(
-        pipeline,
+        pipeline.repeat(),
         batch_size=None,
         num_workers=workers,
         multiprocessing_context="spawn",
@@ -248,7 +251,7 @@ def _ours(config: Config, reading: Reading, index: Index, images: int) -> float:
     due = Due(
         stream=stream,
         start=0,
-        stop=-(-images // stream.batch_size) * stream.batch_size,
+        stop=2 * -(-images // stream.batch_size) * stream.batch_size,
         window=window_images(config, reading),
         checkpoint=None,
         worker_group="bench",
@@ -263,14 +266,19 @@ def _ours(config: Config, reading: Reading, index: Index, images: int) -> float:
 
 
 def _rate(counts: Iterator[int], images: int) -> float:
-    """Images per second after the first batch, which waits for processes to start."""
-    next(counts)
-    began, seen = time.perf_counter(), 0
-    for count in counts:
+    """Images per second once processes have started and memory was used before."""
+    deque(_until(counts, images // WARM_UP), maxlen=0)
+    began = time.perf_counter()
+    return sum(_until(counts, images)) / (time.perf_counter() - began)
+
+
+def _until(counts: Iterator[int], images: int) -> Iterator[int]:
+    """Batches until there are so many images."""
+    seen = 0
+    while seen < images:
+        count = next(counts)
         seen += count
-        if seen >= images:
-            break
-    return seen / (time.perf_counter() - began)
+        yield count
 
 
 def bench_tables(speed: DataSpeed) -> Iterator[Table]:
