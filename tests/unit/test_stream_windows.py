@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cat_ray.data.index import Index
 from cat_ray.data.order import Stream
+from cat_ray.data.read import Reading
 from cat_ray.data.stream import FIRST_WINDOW_BATCHES, Due, windows_of
 from cat_ray.storage import locate
 
@@ -18,7 +19,7 @@ some = settings(max_examples=200, deadline=None, derandomize=True)
 def due(start: int, stop: int, window: int, batch: int = BATCH) -> Due:
     """What is due between two places, all in batches."""
     return Due(
-        stream=Stream(seed=0, counts=(1,), batch_size=batch, lanes=1),
+        stream=Stream(seed=0, counts=(1,), block_images=1, batch_size=batch, lanes=1),
         start=start * batch,
         stop=stop * batch,
         window=window * batch,
@@ -27,9 +28,8 @@ def due(start: int, stop: int, window: int, batch: int = BATCH) -> Due:
         began=0.0,
         noise_stream=0,
         gone_nodes=(),
-        index=Index(1, 1, (), "", ()),
-        folder=locate("nowhere"),
-        num_classes=1,
+        index=Index("images", 1, 1, (), "", (), ""),
+        reading=Reading(locate("nowhere"), "images", 1, 1, crop=False, num_classes=1),
     )
 
 
