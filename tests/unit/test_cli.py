@@ -393,7 +393,8 @@ def preparation(tmp_path: Path) -> Path:
     """A job that makes shards of the digits."""
     path = tmp_path / "prepare.yaml"
     path.write_text(
-        f"source: {{kind: mnist}}\noutput: {{folder: {tmp_path}/shards, resolution: 32, channels: 1}}"
+        "source: {kind: mnist}\n"
+        f"output: {{folder: {tmp_path}/shards, resolution: 32, channels: 1}}\n"
     )
     return path
 

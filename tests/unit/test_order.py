@@ -338,7 +338,9 @@ def test_a_shard_is_cut_into_blocks_of_neighbours_the_last_one_smaller(counts, s
 @given(streams())
 def test_blocks_cover_each_sample_once_in_the_order_of_the_index(stream):
     samples = [s for b in range(len(blocks(stream).shard)) for s in block_samples(stream, b)]
-    assert samples == [(shard, m) for shard, count in enumerate(stream.counts) for m in range(count)]
+    assert samples == [
+        (shard, m) for shard, count in enumerate(stream.counts) for m in range(count)
+    ]
     assert blocks(stream).count.max() <= stream.block_images
 
 

@@ -16,7 +16,14 @@ from PIL import Image
 from cat_ray.config import Storage, parse
 from cat_ray.data.carried import mnist
 from cat_ray.data.decode import decode_sample
-from cat_ray.data.index import EXTENTS_NAME, INDEX_NAME, Index, check_shards, read_extents, read_index
+from cat_ray.data.index import (
+    EXTENTS_NAME,
+    INDEX_NAME,
+    Index,
+    check_shards,
+    read_extents,
+    read_index,
+)
 from cat_ray.data.preparation import Preparation
 from cat_ray.data.prepare import (
     BROKEN_NAME,

@@ -461,9 +461,10 @@ def test_no_shard_is_opened_once_there_are_images_enough(tmp_path):
 
 def test_a_shard_need_not_have_been_written_here(tmp_path):
     write_shards(tmp_path, [grey(10 * n) for n in range(4)])
-    with tarfile.open(tmp_path / "0.tar") as archive, tarfile.open(
-        tmp_path / "1.tar", "w", format=tarfile.PAX_FORMAT
-    ) as other:
+    with (
+        tarfile.open(tmp_path / "0.tar") as archive,
+        tarfile.open(tmp_path / "1.tar", "w", format=tarfile.PAX_FORMAT) as other,
+    ):
         for info in archive:
             info.name, info.mtime = "n" * 120 + info.name, 1.5
             other.addfile(info, archive.extractfile(info))

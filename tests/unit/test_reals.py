@@ -126,7 +126,11 @@ def test_alignment_on_stored_latents_is_refused_with_what_to_do():
 
 
 def test_images_are_encoded_to_scaled_latents_of_the_vae(vae):
-    maker, given, drawn = RealsMaker(job(f"latents.vae={vae}"), IMAGES, CPU), batch(IMAGES), noise(4, 4)
+    maker, given, drawn = (
+        RealsMaker(job(f"latents.vae={vae}"), IMAGES, CPU),
+        batch(IMAGES),
+        noise(4, 4),
+    )
     reals = maker(given, drawn)
     assert maker.are_latents
     codec = load_vae(vae)

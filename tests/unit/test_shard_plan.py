@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -22,9 +23,7 @@ def units_of(counts: list[int]) -> list[Unit]:
     return [Unit(f"file-{n}", 0, 100, count) for n, count in enumerate(counts)]
 
 
-counts = st.one_of(
-    st.lists(st.integers(1, 12), max_size=30), st.lists(st.just(1), max_size=60)
-)
+counts = st.one_of(st.lists(st.integers(1, 12), max_size=30), st.lists(st.just(1), max_size=60))
 sizes = st.integers(1, 25)
 seeds = st.integers(0, 5)
 
@@ -74,14 +73,18 @@ def test_a_plan_is_the_same_each_time_whatever_else_was_drawn(of, size, seed):
     again = list(plan_shards(units_of(of), size, seed))
     assert again == first
     # An order doesn't depend on what was asked for before it.
-    backwards = [plan.order(group) for plan in again[::-1] for group in reversed(range(len(plan.groups)))]
+    backwards = [
+        plan.order(group) for plan in again[::-1] for group in reversed(range(len(plan.groups)))
+    ]
     assert backwards[::-1] == orders
 
 
 def test_another_seed_is_another_order_of_units_and_of_samples():
     for of in ([1] * 50, [10] * 20):
         found = {
-            tuple(sample for plan in plan_shards(units_of(of), 20, seed) for sample in written(plan))
+            tuple(
+                sample for plan in plan_shards(units_of(of), 20, seed) for sample in written(plan)
+            )
             for seed in range(4)
         }
         assert len(found) == 4
@@ -114,7 +117,7 @@ def test_groups_are_runs_of_takes_of_about_the_size_that_is_mixed(monkeypatch, m
 def test_samples_that_lay_together_are_mixed_with_those_of_others():
     (plan,) = plan_shards(units_of([100] * 10), 1000, seed=0)
     files = [file for file, _ in written(plan)]
-    neighbours = sum(a == b for a, b in zip(files, files[1:], strict=False))
+    neighbours = sum(a == b for a, b in pairwise(files))
     # By chance a tenth are of one file; unmixed all but nine would be.
     assert neighbours < 200
     assert len(set(files[:50])) > 5

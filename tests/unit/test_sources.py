@@ -38,9 +38,7 @@ def encoded(value: int) -> bytes:
 
 
 # Class id and file content, each different.
-LABELLED = [
-    (label, encoded(PER_CLASS * label + n)) for label in range(3) for n in range(PER_CLASS)
-]
+LABELLED = [(label, encoded(PER_CLASS * label + n)) for label in range(3) for n in range(PER_CLASS)]
 
 
 def tar(members: Mapping[str, bytes]) -> bytes:

@@ -59,9 +59,7 @@ def tar(of: Members, kind: str = "ustar", mtime: float = 0) -> bytes:
 
 def of_tarfile(content: bytes) -> list[Member]:
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-        return [
-            Member(i.name, i.offset, i.offset_data, i.size) for i in archive if i.isfile()
-        ]
+        return [Member(i.name, i.offset, i.offset_data, i.size) for i in archive if i.isfile()]
 
 
 def whole(content: bytes, name: str = "shard") -> list[Member]:
