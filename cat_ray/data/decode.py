@@ -104,6 +104,8 @@ def class_of(members: Mapping[str, bytes]) -> int:
             values = json.loads(members[JSON_ENDING])
         except ValueError as error:
             raise BrokenSample(f"its .{JSON_ENDING} member can't be read ({error})") from error
+        if not isinstance(values, dict):
+            raise BrokenSample(f"its .{JSON_ENDING} member holds no keys")
         text = next((values[key] for key in LABEL_KEYS if key in values), None)
     else:
         text = None
@@ -114,7 +116,7 @@ def class_of(members: Mapping[str, bytes]) -> int:
         )
     try:
         return int(text)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise BrokenSample(f"its class {text!r} is not a number") from error
 
 

@@ -140,12 +140,14 @@ def read_unit(source: Source, unit: Unit) -> list[Encoded]:
     if source.kind != "webdataset":
         return [Encoded(unit.key, unit.label, content)]
     found = []
+    # Shards may each begin to count anew: neighbours of one name would become one sample.
+    above = f"{_key(unit.file)}/" if unit.file else ""
     for sample in samples(content, unit.file, whole=False):
         try:
             image, label = encoded_image(sample.members), class_of(sample.members)
         except BrokenSample:
             image, label = b"", -1
-        found.append(Encoded(sample.key, label, image))
+        found.append(Encoded(f"{above}{sample.key}", label, image))
     return found
 
 

@@ -102,7 +102,11 @@ def _walk(
         if header == ZEROS and whole:
             return
         if len(header) < BLOCK_BYTES or header[KIND] not in PLAIN or header[MAGIC] != b"ustar":
-            yield from _members_of_any_kind(from_there(at), at, name)
+            for member in _members_of_any_kind(from_there(at), at, name):
+                # Of a run, the zeros that were added to it could make up for what is missing.
+                if member.start + padded(member.size) > length:
+                    raise _broken(name, "it breaks off")
+                yield member
             return
         try:
             size = int(header[SIZE].strip(b" \0"), 8)

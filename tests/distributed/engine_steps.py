@@ -15,6 +15,7 @@ from cat_ray.storage import Location, locate
 from cat_ray.training.draws import draw_step
 from cat_ray.training.engines import local_values
 from cat_ray.training.lanes import share
+from cat_ray.training.reals import Reals
 from cat_ray.training.state import TrainingState, make_state, state_slices
 from cat_ray.training.steps import discriminator_step, generator_step
 
@@ -36,7 +37,8 @@ def step(state: TrainingState, config: Config, images, labels, at: int) -> dict[
     draws = draw_step(config, lanes, at, CPU)
     outputs = generator(draws.latents, labels[own])
     before = held(generator.module)
-    discriminator_step(state.adversaries, images[own], labels[own], outputs.detach(), draws)
+    reals = Reals(images[own], images[own])
+    discriminator_step(state.adversaries, reals, labels[own], outputs.detach(), draws)
     leaks = {"generator": holds_gradient(generator.module)}
     leaks["generator moved"] = differs(before, held(generator.module))
     before = held(discriminator.module)

@@ -10,6 +10,7 @@ from torch import distributed
 from cat_ray.config import parse
 from cat_ray.data.index import Index, Shard
 from cat_ray.data.order import Stream
+from cat_ray.data.read import reading_of
 from cat_ray.data.stream import Due
 from cat_ray.storage import locate
 from cat_ray.training import saver as saver_module
@@ -28,8 +29,9 @@ def main() -> None:
     state = make_state(config, choose_device(), None)
     adversaries = state.adversaries
     probe_engines(adversaries, config)
+    index = Index("images", 32, 1, (16,), "", (Shard("train.tar", 16, 1, ""),), "")
     due = Due(
-        stream=Stream(seed=0, counts=(16,), batch_size=16, lanes=4),
+        stream=Stream(seed=0, counts=(16,), block_images=16, batch_size=16, lanes=4),
         start=0,
         stop=16,
         window=16,
@@ -38,9 +40,8 @@ def main() -> None:
         began=0.0,
         noise_stream=0,
         gone_nodes=(),
-        index=Index(32, 1, (16,), "", (Shard("train.tar", 16, 1, ""),)),
-        folder=locate(str(folder)),
-        num_classes=10,
+        index=index,
+        reading=reading_of(config, index, locate(str(folder))),
     )
 
     def saver(name: str) -> Saver:

@@ -16,6 +16,7 @@ from cat_ray.model.build import build_discriminator, build_generator
 from cat_ray.storage import locate
 from cat_ray.training.draws import draw_step
 from cat_ray.training.randomness import Purpose, key
+from cat_ray.training.reals import Reals
 from cat_ray.training.steps import Adversaries, discriminator_step, generator_step
 
 STEPS = 5
@@ -82,7 +83,8 @@ def plain_training(config: Config, batches: dict[str, Tensor], steps: int) -> di
         images, labels = batches["images"][at], batches["labels"][at]
         draws = draw_step(config, range(config.optimisation.lanes), at, CPU)
         outputs = generator(draws.latents, labels)
-        discriminator_step(adversaries, images, labels, outputs.detach(), draws)
+        reals = Reals(images, images)
+        discriminator_step(adversaries, reals, labels, outputs.detach(), draws)
         generator_step(adversaries, images, labels, outputs, draws)
         for name, value in generator.named_parameters():
             average[name] = decay * average[name] + (1 - decay) * value.detach()

@@ -15,7 +15,8 @@ import yaml
 
 from cat_ray.checkpoint.layout import STATE, read_manifest
 from cat_ray.checkpoint.read import newest, read_state
-from cat_ray.data.prepare import prepare
+from cat_ray.config import Storage
+from cat_ray.data.prepare import digits, prepare
 from cat_ray.operations.journal import read_rows
 from cat_ray.storage import Location, locate
 
@@ -109,7 +110,7 @@ def damage(shards: Path, samples: int) -> None:
 def test_broken_samples_are_skipped_counted_and_limited(
     allowed: int, exit_code: int, job_file: Path, tmp_path: Path
 ) -> None:
-    prepare("mnist", locate(f"{tmp_path}/shards"))
+    prepare(digits(f"{tmp_path}/shards", Storage()))
     damage(tmp_path / "shards", 400)
     result = train(
         job_file,
@@ -150,7 +151,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
     from cat_ray.operations.identity import claim
 
     shards = locate(f"{tmp_path}/shards")
-    prepare("mnist", shards)
+    prepare(digits(shards.uri, Storage()))
     digest = read_index(shards).digest()
     claim(locate(f"{tmp_path}/run"), configuration.load(str(job_file)), digest)
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -186,7 +187,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(
 def test_a_damaged_data_set_is_found_before_training(
     fault: str, message: str, job_file: Path, tmp_path: Path
 ) -> None:
-    prepare("mnist", locate(f"{tmp_path}/shards"))
+    prepare(digits(f"{tmp_path}/shards", Storage()))
     path = tmp_path / "shards" / "train-000003.tar"
     if fault == "truncate":
         path.write_bytes(path.read_bytes()[:-1024])

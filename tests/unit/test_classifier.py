@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cat_ray.data.prepare import mnist
+from cat_ray.data.carried import mnist
 from cat_ray.evaluation.classifier import (
     NEIGHBOURS,
     Reference,
@@ -20,10 +20,10 @@ IMAGES, SAMPLES = 3500, 300
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
-    source = mnist()
-    chosen = np.random.default_rng(0).permutation(len(source.labels))[:IMAGES]
-    pixels = source.images[chosen].reshape(IMAGES, -1).astype(np.float32) / 127.5 - 1
-    return fit_reference(pixels, source.labels[chosen])
+    images, labels = mnist()
+    chosen = np.random.default_rng(0).permutation(len(labels))[:IMAGES]
+    pixels = images[chosen].reshape(IMAGES, -1).astype(np.float32) / 127.5 - 1
+    return fit_reference(pixels, labels[chosen])
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,7 @@ COMMANDS = (
     "drill",
     "verify-resume",
     "report",
+    "bench",
 )
 
 
@@ -387,10 +388,41 @@ def test_cost_refuses_a_folder_that_is_no_run(tmp_path):
 # Preparation.
 
 
-def test_prepare_refuses_a_source_that_does_not_exist(tmp_path):
-    assert refuse("prepare", "imagnet", tmp_path) == "no source named imagnet: there is mnist"
+@pytest.fixture
+def preparation(tmp_path: Path) -> Path:
+    """A job that makes shards of the digits."""
+    path = tmp_path / "prepare.yaml"
+    path.write_text(
+        "source: {kind: mnist}\n"
+        f"output: {{folder: {tmp_path}/shards, resolution: 32, channels: 1}}\n"
+    )
+    return path
 
 
-def test_prepare_refuses_a_folder_that_is_prepared(tmp_path):
-    (tmp_path / "index.json").write_text("{}")
-    assert "choose another folder" in refuse("prepare", "mnist", tmp_path)
+def test_prepare_tells_what_was_made_and_the_second_time_what_is_there(preparation, tmp_path):
+    for _ in range(2):
+        told = succeed("prepare", preparation)
+        assert told == f"5,000 images of 10 classes, 1 x 32 x 32, in 1 shards: {tmp_path}/shards\n"
+
+
+def test_prepare_refuses_a_source_that_does_not_exist(preparation, tmp_path):
+    line = refuse("prepare", preparation, "--set", "source.kind=imagnet")
+    assert "source.kind: Input should be 'auto', 'folders', 'tars'" in line
+    assert not (tmp_path / "shards").exists()
+
+
+def test_prepare_refuses_a_folder_that_holds_something_else(preparation, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "index.json").write_text("{}")
+    assert "choose another output.folder" in refuse("prepare", preparation)
+
+
+def test_prepare_refuses_another_job_in_a_folder(preparation, tmp_path):
+    succeed("prepare", preparation)
+    line = refuse("prepare", preparation, "--set", "output.seed=1")
+    assert f"{tmp_path}/shards was begun with other output" in line
+
+
+def test_prepare_refuses_an_unknown_key_and_names_the_nearest(preparation):
+    line = refuse("prepare", preparation, "--set", "output.shard_imags=3")
+    assert "unknown key output.shard_imags, did you mean shard_images?" in line

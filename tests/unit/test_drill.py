@@ -117,7 +117,7 @@ def run_drill(job, monkeypatch, save_checkpoint) -> Drill:
 
     def act(faults: Sequence[Fault], left: Left) -> Drilled:
         shard = Shard("0.tar", left.epoch_images, 1, "hash")
-        index = Index(32, 1, (left.epoch_images,), "", (shard,))
+        index = Index("images", 32, 1, (left.epoch_images,), "", (shard,), "")
         (locate(job.data.shards) / INDEX_NAME).write(index.to_json())
         runs: list[str] = []
 

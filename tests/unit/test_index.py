@@ -4,14 +4,43 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from cat_ray.data.index import INDEX_NAME, Index, Shard, check_fits, check_shards, read_index
+from cat_ray.data.index import (
+    BLOCK_BYTES,
+    EXTENTS_NAME,
+    FORMAT,
+    INDEX_NAME,
+    Index,
+    Shard,
+    check_fits,
+    check_shards,
+    read_extents,
+    read_index,
+    write_index,
+)
 from cat_ray.errors import BadInput
 from cat_ray.storage import Location, locate
 
 SHARDS = tuple(Shard(f"train-{n}.tar", 10 + n, 100 + n, f"{n:064x}") for n in range(3))
-INDEX = Index(resolution=32, channels=3, class_counts=(20, 0, 13, 0), source="tests", shards=SHARDS)
+INDEX = Index(
+    contents="images",
+    resolution=32,
+    channels=3,
+    class_counts=(20, 0, 13, 0),
+    source="tests",
+    shards=SHARDS,
+    extents_sha256="",
+)
+LATENTS = replace(
+    INDEX,
+    contents="latents",
+    channels=4,
+    pack_images=64,
+    made_with={"vae": "a-vae", "scaling_factor": 0.25, "tokens": {"name": "dino", "grid": 16}},
+)
+EXTENTS = {shard.name: np.arange(shard.count + 1) * 9 for shard in SHARDS}
 
 
 @pytest.fixture
@@ -24,9 +53,86 @@ def folder(tmp_path: Path) -> Location:
     return place
 
 
-def test_an_index_is_read_as_it_was_written(folder):
-    assert read_index(folder) == INDEX
-    assert INDEX.images == 10 + 11 + 12
+@pytest.mark.parametrize("index", [INDEX, LATENTS, replace(INDEX, resolution=None)])
+def test_an_index_is_read_as_it_was_written(folder, index):
+    written = write_index(folder, index, EXTENTS)
+    assert read_index(folder) == written
+    assert written == replace(index, extents_sha256=written.extents_sha256)
+    assert written.images == 10 + 11 + 12
+
+
+def test_extents_are_read_as_they_were_written(folder):
+    index = write_index(folder, INDEX, {name: tuple(places) for name, places in EXTENTS.items()})
+    found = read_extents(folder, index)
+    assert found.keys() == EXTENTS.keys()
+    assert all(np.array_equal(found[name], EXTENTS[name]) for name in EXTENTS)
+    assert {places.dtype for places in found.values()} == {np.dtype(np.int64)}
+
+
+@pytest.mark.parametrize("damage", ["other", "cut short", "empty"])
+def test_extents_that_are_not_those_of_the_index_are_refused_by_name(folder, damage):
+    index = write_index(folder, INDEX, EXTENTS)
+    content = (folder / EXTENTS_NAME).read()
+    if damage == "other":
+        write_index(folder, INDEX, {name: places + 1 for name, places in EXTENTS.items()})
+    else:
+        (folder / EXTENTS_NAME).write(content[:-1] if damage == "cut short" else b"")
+    with pytest.raises(BadInput, match=r"extents\.safetensors is not the one of index\.json"):
+        read_extents(folder, index)
+
+
+@pytest.mark.parametrize("name", [EXTENTS_NAME, INDEX_NAME])
+def test_an_index_is_written_after_the_extents_that_it_tells_of(tmp_path, monkeypatch, name):
+    folder, write = locate(str(tmp_path)), Location.write
+
+    def killed_before(place: Location, content: bytes) -> None:
+        if place.name == name:
+            raise KeyboardInterrupt
+        write(place, content)
+
+    monkeypatch.setattr(Location, "write", killed_before)
+    with pytest.raises(KeyboardInterrupt):
+        write_index(folder, INDEX, EXTENTS)
+    assert not (folder / INDEX_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        (INDEX, "33 images of 2 classes, 3 x 32 x 32, in 3 shards"),
+        (replace(INDEX, resolution=None), "33 images of 2 classes, of various sizes, in 3 shards"),
+        (LATENTS, "33 latents of 2 classes, 4 x 32 x 32, in 3 shards"),
+    ],
+)
+def test_an_index_tells_people_what_there_is(index, words):
+    assert index.describe() == words
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "pack", "expected"),
+    [
+        (1024, BLOCK_BYTES, 1, 1024),
+        (1000, 1000 * 110_000, 1, 10),
+        # A sample that is larger than a block is a block.
+        (10, 10 * 5 * BLOCK_BYTES, 1, 1),
+        (1000, 1000 * 8192, 64, 128),
+        (1000, 1000 * 16_500, 64, 64),
+        (1000, 1000 * 100_000, 64, 64),
+        (0, 0, 1, BLOCK_BYTES),
+    ],
+)
+def test_a_block_is_about_a_mebibyte_in_whole_packs(count, size, pack, expected):
+    shards = (Shard("0.tar", count, size, ""),)
+    assert replace(INDEX, shards=shards, pack_images=pack).block_images() == expected
+
+
+def test_the_digest_changes_with_what_the_samples_are_and_with_nothing_else():
+    other = [replace(INDEX, source="elsewhere"), replace(INDEX, extents_sha256="0")]
+    assert {index.digest() for index in other} == {INDEX.digest()}
+    changes = ({"name": "a.tar"}, {"count": 3}, {"sha256": "f"})
+    changed = [replace(INDEX, shards=(replace(SHARDS[0], **c), *SHARDS[1:])) for c in changes]
+    changed += [replace(INDEX, shards=SHARDS[::-1]), INDEX]
+    assert len({index.digest() for index in changed}) == 5
 
 
 def test_where_there_is_no_index_the_command_that_makes_one_is_told(tmp_path):
@@ -43,10 +149,11 @@ def test_where_there_is_no_index_the_command_that_makes_one_is_told(tmp_path):
         b"{}",
         b"\xff",
         INDEX.to_json()[:-9],
-        INDEX.to_json().replace(b'"format": 1', b'"format": 2'),
+        INDEX.to_json().replace(b'"format": 2', b'"format": 1'),
+        INDEX.to_json().replace(b'"format": 2', b'"format": 3'),
         INDEX.to_json().replace(b'"count"', b'"cuont"'),
         INDEX.to_json().replace(b'"resolution"', b'"resolutoin"'),
-        json.dumps({"format": 1, "class_counts": 3, "shards": [3]}).encode(),
+        json.dumps({"format": FORMAT, "class_counts": 3, "shards": [3]}).encode(),
         b"null",
         b"3",
         b'"text"',
@@ -112,8 +219,8 @@ def test_shards_fit_a_model_that_has_their_shape_and_classes(num_classes):
 @pytest.mark.parametrize(
     ("resolution", "channels", "num_classes", "told"),
     [
-        (64, 3, 10, "3 x 32 x 32 images, model.channels and model.resolution say 3 and 64"),
-        (32, 1, 10, "3 x 32 x 32 images, model.channels and model.resolution say 1 and 32"),
+        (64, 3, 10, "3 x 32 x 32 images, model.channels and model.resolution ask for 3 and 64"),
+        (32, 1, 10, "3 x 32 x 32 images, model.channels and model.resolution ask for 1 and 32"),
         (32, 3, 2, "class id 2, outside data.num_classes 2: set it to at least 3"),
     ],
 )
@@ -121,3 +228,11 @@ def test_shards_that_do_not_fit_the_model_are_refused(resolution, channels, num_
     with pytest.raises(BadInput) as caught:
         check_fits(INDEX, resolution, channels, num_classes)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("resolution", [8, 32, 512])
+def test_images_of_various_sizes_fit_any_side(resolution):
+    various = replace(INDEX, resolution=None)
+    check_fits(various, resolution, channels=3, num_classes=3)
+    with pytest.raises(BadInput, match="ask for 1"):
+        check_fits(various, resolution, channels=1, num_classes=3)

@@ -10,17 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cat_ray.data.index import Index
+from cat_ray.data.index import Index, Shard
 from cat_ray.data.order import (
     Piece,
     Stream,
+    block_order,
+    blocks,
     lane_images,
     lane_pieces,
     member_order,
     pieces,
-    shard_order,
 )
-from cat_ray.data.stream import Batch, Due, RankStream
+from cat_ray.data.read import Batch, Reading
+from cat_ray.data.stream import Due, RankStream
 from cat_ray.storage import locate
 from cat_ray.training.lanes import share
 
@@ -42,7 +44,8 @@ GOLDEN = [
 def streams(draw) -> Stream:
     counts = draw(st.lists(st.integers(0, 11), min_size=1, max_size=6).filter(any))
     lanes, lane_size = draw(st.integers(1, 6)), draw(st.integers(1, 4))
-    return Stream(draw(st.integers(0, 9)), tuple(counts), lanes * lane_size, lanes)
+    block = draw(st.integers(1, 12))
+    return Stream(draw(st.integers(0, 9)), tuple(counts), block, lanes * lane_size, lanes)
 
 
 @st.composite
@@ -83,11 +86,38 @@ def global_batches(stream: Stream, world_size: int, start: int, stop: int) -> li
 class Planned(RankStream):
     """A worker's stream in which an image is only its place: nothing is read."""
 
-    def _window(self, start: int, stop: int) -> Batch:
-        planned = np.asarray(flat(pieces(self.due.stream, self.lanes, start, stop)))
-        shards, members = planned.T
-        keys = np.asarray([f"{shard}/{member}" for shard, member in planned])
-        return Batch(planned[:, :, None, None], members, keys, shards.astype(str))
+    @property
+    def _extents(self) -> dict[str, np.ndarray]:
+        # Each sample is as many bytes long as its shard's place and one.
+        return {
+            shard.name: np.arange(shard.count + 1) * (place + 1)
+            for place, shard in enumerate(self.due.index.shards)
+        }
+
+    def _window(self, start: int, stop: int, room: Batch | None = None) -> Batch:
+        wanted = (stop - start) // self.due.stream.lanes * len(self.lanes)
+        if room is None or len(room.labels) < wanted:
+            room = Batch.empty(self.due.reading, wanted)
+        window = room.rows(0, wanted)
+        unfilled = np.ones(wanted, bool)
+        for piece in pieces(self.due.stream, self.lanes, start, stop):
+            row = self._row(piece, start)
+            shard, size = self.due.index.shards[piece.shard], self.due.stream.block_images
+            assert (row["shard"], row["first"] % size) == (shard.name, 0)
+            assert row["count"] == min(size, shard.count - row["first"])
+            assert row["first"] <= min(piece.members)
+            assert max(piece.members) < row["first"] + row["count"]
+            assert row["begin"] == row["first"] * (piece.shard + 1)
+            assert row["end"] == (row["first"] + row["count"]) * (piece.shard + 1)
+            slots, members = row["slots"], np.asarray(piece.members)
+            assert unfilled[slots].all()
+            unfilled[slots] = False
+            window.content[slots, 0, 0] = np.stack([np.full(len(members), piece.shard), members], 1)
+            window.labels[slots] = members
+            window.keys[slots] = [f"{piece.shard}/{member}" for member in members]
+            window.broken[slots] = str(piece.shard)
+        assert not unfilled.any()
+        return window
 
 
 def dealt_by_hand(stream: Stream, epochs: int) -> list[list[Sample]]:
@@ -96,8 +126,9 @@ def dealt_by_hand(stream: Stream, epochs: int) -> list[list[Sample]]:
     for epoch in range(epochs):
         shuffled = [
             (shard, member)
-            for shard in shard_order(stream, epoch)
-            for member in member_order(stream, epoch, shard)
+            for block in block_order(stream, epoch)
+            for shard in [int(blocks(stream).shard[block])]
+            for member in member_order(stream, epoch, block)
         ]
         first = epoch * stream.epoch_images
         due = Counter(
@@ -153,6 +184,7 @@ def test_windows_of_any_size_change_no_batch(data):
     window = stream.batch_size * data.draw(st.integers(1, 5))
     world_size = data.draw(st.integers(1, stream.lanes))
     lanes = share(stream.lanes, world_size, data.draw(st.integers(0, world_size - 1)))
+    shards = tuple(Shard(f"{n}.tar", count, 1, "") for n, count in enumerate(stream.counts))
     due = Due(
         stream=stream,
         start=start,
@@ -163,17 +195,16 @@ def test_windows_of_any_size_change_no_batch(data):
         began=0.0,
         noise_stream=0,
         gone_nodes=(),
-        index=Index(1, 1, (), "", ()),
-        folder=locate("nowhere"),
-        num_classes=1,
+        index=Index("images", 1, 2, (), "", shards, ""),
+        reading=Reading(locate("nowhere"), "images", 1, 2, crop=False, num_classes=1),
     )
-    found = list(Planned(due, lanes).batches())
     expected = batches(stream, lanes, start, stop)
-    assert [list(map(tuple, batch.images[..., 0, 0].tolist())) for batch in found] == expected
-    assert [batch.labels.tolist() for batch in found] == [[m for _, m in b] for b in expected]
-    keys = [[f"{shard}/{member}" for shard, member in batch] for batch in expected]
-    assert [batch.keys.tolist() for batch in found] == keys
-    assert [batch.broken.tolist() for batch in found] == [[str(n) for n, _ in b] for b in expected]
+    # A batch is looked at before the next one is asked for: its memory is used again.
+    for batch, samples in zip(Planned(due, lanes).batches(), expected, strict=True):
+        assert list(map(tuple, batch.content[:, 0, 0].tolist())) == samples
+        assert batch.labels.tolist() == [member for _, member in samples]
+        assert batch.keys.tolist() == [f"{shard}/{member}" for shard, member in samples]
+        assert batch.broken.tolist() == [str(shard) for shard, _ in samples]
 
 
 @some
@@ -236,23 +267,23 @@ def test_a_workers_pieces_come_lane_after_lane(data):
 
 
 def test_shards_that_are_consumed_are_not_mentioned():
-    stream = Stream(seed=0, counts=(4, 4, 4, 4), batch_size=4, lanes=1)
-    order = shard_order(stream, 0)
+    stream = Stream(seed=0, counts=(4, 4, 4, 4), block_images=4, batch_size=4, lanes=1)
+    order = block_order(stream, 0).tolist()
     for consumed in range(5):
         due = pieces(stream, range(1), 4 * consumed, 16)
         assert [piece.shard for piece in due] == order[consumed:]
 
 
 def test_a_worker_is_not_told_of_shards_that_only_others_read():
-    stream = Stream(seed=0, counts=(8,) * 8, batch_size=8, lanes=8)
+    stream = Stream(seed=0, counts=(8,) * 8, block_images=8, batch_size=8, lanes=8)
     for lane in range(8):
         assert len({piece.shard for piece in lane_pieces(stream, lane, 0, 64)}) == 1
 
 
 def test_epochs_seeds_and_shards_are_shuffled_each_in_their_own_way():
-    stream = Stream(seed=0, counts=(30,) * 20, batch_size=4, lanes=2)
+    stream = Stream(seed=0, counts=(30,) * 20, block_images=30, batch_size=4, lanes=2)
     variants = [(replace(stream, seed=seed), epoch) for seed in range(3) for epoch in range(3)]
-    assert len({tuple(shard_order(s, epoch)) for s, epoch in variants}) == 9
+    assert len({tuple(block_order(s, epoch)) for s, epoch in variants}) == 9
     orders = {tuple(member_order(s, epoch, shard)) for s, epoch in variants for shard in range(3)}
     assert len(orders) == 27
     assert tuple(range(30)) not in orders
@@ -260,15 +291,83 @@ def test_epochs_seeds_and_shards_are_shuffled_each_in_their_own_way():
 
 @pytest.mark.parametrize("change", [{"batch_size": 8}, {"lanes": 1}])
 def test_an_epochs_shuffle_does_not_depend_on_how_a_batch_is_cut(change):
-    stream = Stream(seed=3, counts=(5, 9, 2), batch_size=4, lanes=2)
+    stream = Stream(seed=3, counts=(5, 9, 2), block_images=4, batch_size=4, lanes=2)
     other = replace(stream, **change)
-    assert shard_order(stream, 1) == shard_order(other, 1)
-    assert [member_order(stream, 1, shard) for shard in range(3)] == [
-        member_order(other, 1, shard) for shard in range(3)
+    # Five, nine and two samples are two, three and one blocks.
+    assert block_order(stream, 1).tolist() == block_order(other, 1).tolist()
+    assert [member_order(stream, 1, block) for block in range(6)] == [
+        member_order(other, 1, block) for block in range(6)
     ]
 
 
-def test_a_plan_never_changes():
+@pytest.mark.parametrize("block_images", [5, 6, 1000])
+def test_a_plan_never_changes(block_images):
     # A run that went on under another plan would see some images twice and others never.
-    due = pieces(Stream(seed=7, counts=(3, 5, 2), batch_size=4, lanes=2), range(2), 4, 16)
+    stream = Stream(seed=7, counts=(3, 5, 2), block_images=block_images, batch_size=4, lanes=2)
+    due = pieces(stream, range(2), 4, 16)
     assert [(p.lane, p.start, p.shard, p.members) for p in due] == GOLDEN
+
+
+# Blocks.
+
+
+def block_samples(stream: Stream, block: int) -> list[Sample]:
+    of = blocks(stream)
+    first, count = int(of.first[block]), int(of.count[block])
+    return [(int(of.shard[block]), first + place) for place in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("counts", "size", "expected"),
+    [
+        ((1,), 1, [(0, 0, 1)]),
+        ((4,), 2, [(0, 0, 2), (0, 2, 2)]),
+        ((5,), 2, [(0, 0, 2), (0, 2, 2), (0, 4, 1)]),
+        ((3, 5, 2), 5, [(0, 0, 3), (1, 0, 5), (2, 0, 2)]),
+        ((3, 0, 4), 3, [(0, 0, 3), (2, 0, 3), (2, 3, 1)]),
+        ((2, 3), 1, [(0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 1), (1, 2, 1)]),
+    ],
+)
+def test_a_shard_is_cut_into_blocks_of_neighbours_the_last_one_smaller(counts, size, expected):
+    of = blocks(Stream(seed=0, counts=counts, block_images=size, batch_size=1, lanes=1))
+    found = zip(of.shard.tolist(), of.first.tolist(), of.count.tolist(), strict=True)
+    assert list(found) == expected
+
+
+@some
+@given(streams())
+def test_blocks_cover_each_sample_once_in_the_order_of_the_index(stream):
+    samples = [s for b in range(len(blocks(stream).shard)) for s in block_samples(stream, b)]
+    assert samples == [
+        (shard, m) for shard, count in enumerate(stream.counts) for m in range(count)
+    ]
+    assert blocks(stream).count.max() <= stream.block_images
+
+
+@some
+@given(streams(), st.integers(0, 4))
+def test_an_epoch_goes_through_each_block_once_and_through_each_of_its_samples(stream, epoch):
+    order = block_order(stream, epoch).tolist()
+    assert sorted(order) == list(range(len(blocks(stream).shard)))
+    for block in order:
+        members = [member for _, member in block_samples(stream, block)]
+        assert sorted(member_order(stream, epoch, block)) == members
+
+
+@some
+@given(streams(), st.integers(0, 3))
+def test_no_piece_holds_samples_of_two_blocks(stream, epoch):
+    first = epoch * stream.epoch_images
+    for piece in pieces(stream, range(stream.lanes), first, first + stream.epoch_images):
+        assert len({member // stream.block_images for member in piece.members}) == 1
+
+
+def test_smaller_blocks_leave_fewer_neighbours_together():
+    def together(block_images: int) -> int:
+        stream = Stream(0, (64,) * 4, block_images=block_images, batch_size=32, lanes=1)
+        first = batches(stream, range(1), 0, 32)[0]
+        return max(Counter((shard, member // 8) for shard, member in first).values())
+
+    # A block that is read as a whole fills a batch with its samples, and only with them.
+    assert together(8) == 8
+    assert together(2) < 8

@@ -73,7 +73,7 @@ Train = Callable[[Callable[[], object]], tuple[int, str]]
 @pytest.fixture
 def train(job_file: Path, monkeypatch) -> Train:
     """`cat-ray train` of a job with no data, in which this is called where training would be."""
-    index = Index(32, 1, (), "", ())
+    index = Index("images", 32, 1, (), "", (), "")
     monkeypatch.setattr(driver, "_checked_index", lambda config, shards: index)
     monkeypatch.setattr(driver, "cluster", lambda config: contextlib.nullcontext())
 

@@ -1,6 +1,8 @@
 """The digits as WebDataset shards: complete, the same every time, indexed last."""
 
 import hashlib
+import io
+import json
 import re
 import tarfile
 from collections import Counter
@@ -11,28 +13,47 @@ import pytest
 import webdataset
 from PIL import Image
 
-from cat_ray.data import prepare as module
-from cat_ray.data.decode import RawSample, decode_sample
-from cat_ray.data.index import INDEX_NAME, Index, check_shards, read_index
-from cat_ray.data.prepare import Source, mnist, prepare
+from cat_ray.config import Storage, parse
+from cat_ray.data.carried import mnist
+from cat_ray.data.decode import decode_sample
+from cat_ray.data.index import (
+    EXTENTS_NAME,
+    INDEX_NAME,
+    Index,
+    check_shards,
+    read_extents,
+    read_index,
+)
+from cat_ray.data.preparation import Preparation
+from cat_ray.data.prepare import (
+    BROKEN_NAME,
+    CONTACT_NAME,
+    HISTOGRAM_NAME,
+    JOB_NAME,
+    RECORDS,
+    digits,
+    prepare,
+)
 from cat_ray.data.read import read_shard
+from cat_ray.data.tar import RawSample, sample_extents
 from cat_ray.errors import BadInput
 from cat_ray.storage import Location, locate
 
 Prepared = tuple[Location, Index]
+Labelled = tuple[np.ndarray, np.ndarray]
+# Job, what people look at, then extents and index.
+FILES_AROUND = (JOB_NAME, BROKEN_NAME, HISTOGRAM_NAME, CONTACT_NAME, EXTENTS_NAME, INDEX_NAME)
 
 
 @pytest.fixture(scope="module")
-def source() -> Source:
+def source() -> Labelled:
     return mnist()
 
 
 @pytest.fixture(scope="module")
-def prepared(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(module.SOURCES, "mnist", lambda: source)
-        folder = locate(str(tmp_path_factory.mktemp("digits")))
-        return folder, prepare("mnist", folder)
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    folder = locate(str(tmp_path_factory.mktemp("digits")))
+    return folder, prepare(digits(folder.uri, Storage()))
 
 
 @pytest.fixture(scope="module")
@@ -41,25 +62,45 @@ def samples(prepared: Prepared) -> list[RawSample]:
     return [sample for shard in index.shards for sample in read_shard(folder, shard)]
 
 
+def put_in_place_of_the_digits(patch: pytest.MonkeyPatch, images: Labelled) -> None:
+    for module in ("carried", "sources"):
+        patch.setattr(f"cat_ray.data.{module}.mnist", lambda: images)
+
+
 @pytest.fixture
-def few_digits(monkeypatch: pytest.MonkeyPatch) -> Source:
-    """A source of 20 images that takes no time, in place of the digits."""
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> Labelled:
+    """20 images that take no time, in place of the digits."""
     images = np.arange(20 * 16, dtype=np.uint16).reshape(20, 4, 4).astype(np.uint8)
-    source = Source("few", images, np.arange(20) % 3)
-    monkeypatch.setitem(module.SOURCES, "mnist", lambda: source)
-    return source
+    few = images, np.arange(20) % 3
+    put_in_place_of_the_digits(monkeypatch, few)
+    return few
+
+
+def job(folder: Location, **changes: object) -> Preparation:
+    """The digits' job with other settings of the output."""
+    plain = digits(folder.uri, Storage())
+    small = {"resolution": 4, **changes}
+    return plain.model_copy(update={"output": plain.output.model_copy(update=small)})
 
 
 def content(folder: Location) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(folder.path).iterdir()}
+    root = Path(folder.path)
+    return {
+        str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }
 
 
-def test_the_same_source_gives_the_same_bytes(prepared, source, tmp_path, monkeypatch):
-    monkeypatch.setitem(module.SOURCES, "mnist", lambda: source)
+def decoded(sample: RawSample, side: int = 32, channels: int = 1) -> tuple[np.ndarray, int]:
+    pixels = np.empty((side, side, channels), np.uint8)
+    label = decode_sample(sample, 10, False, pixels)
+    return pixels.squeeze(), label
+
+
+def test_the_same_source_gives_the_same_bytes(prepared, tmp_path, monkeypatch):
     # On another day.
     monkeypatch.setattr("time.time", lambda: 1.0)
     again = locate(str(tmp_path))
-    prepare("mnist", again)
+    prepare(digits(again.uri, Storage()))
     assert content(again) == content(prepared[0])
 
 
@@ -69,27 +110,30 @@ def test_the_index_tells_what_lies_there(prepared):
     check_shards(index, folder)
     assert (index.images, index.resolution, index.channels) == (5000, 32, 1)
     assert index.class_counts == (500,) * 10
-    assert sorted(content(folder)) == sorted([INDEX_NAME, *(s.name for s in index.shards)])
+    assert sorted(content(folder)) == sorted([*FILES_AROUND, *(s.name for s in index.shards)])
+    extents = read_extents(folder, index)
+    for shard in index.shards:
+        assert extents[shard.name].tolist() == sample_extents(folder / shard.name)
     for shard in index.shards:
         assert hashlib.sha256((folder / shard.name).read()).hexdigest() == shard.sha256
 
 
 def test_each_digit_is_there_once_with_its_class(samples, source):
-    assert len(source.labels) == 5000
+    assert len(source[1]) == 5000
     keys = Counter(sample.key for sample in samples)
     assert keys == Counter(f"{n:08d}" for n in range(5000))
     labels = [int(sample.members["cls"]) for sample in samples]
-    assert labels == [source.labels[int(sample.key)] for sample in samples]
+    assert labels == [source[1][int(sample.key)] for sample in samples]
     assert Counter(labels) == {label: 500 for label in range(10)}
 
 
 def test_a_digit_is_kept_exactly_and_padded_with_black(samples, source):
     for sample in samples[::50]:
-        image, label = decode_sample(sample, channels=1, resolution=32, num_classes=10)
-        assert np.array_equal(image[0], source.images[int(sample.key)])
-        assert label == source.labels[int(sample.key)]
-    assert source.images[:, 2:30, 2:30].any(axis=(1, 2)).all()
-    frame = source.images.copy()
+        image, label = decoded(sample)
+        assert np.array_equal(image, source[0][int(sample.key)])
+        assert label == source[1][int(sample.key)]
+    assert source[0][:, 2:30, 2:30].any(axis=(1, 2)).all()
+    frame = source[0].copy()
     frame[:, 2:30, 2:30] = 0
     assert not frame.any()
 
@@ -108,14 +152,13 @@ def test_the_webdataset_library_reads_the_shards(prepared, samples):
     expected = samples[1500:2000]
     assert [row["__key__"] for row in read] == [sample.key for sample in expected]
     for row, sample in zip(read, expected, strict=True):
-        image, label = decode_sample(sample, channels=1, resolution=32, num_classes=10)
+        image, label = decoded(sample)
         assert row["cls"] == label
-        assert np.array_equal(row["png"], image[0])
+        assert np.array_equal(row["png"], image)
 
 
 def test_no_name_and_no_time_of_the_maker_is_in_a_shard(few_digits, tmp_path):
-    folder = locate(str(tmp_path))
-    prepare("mnist", folder)
+    prepare(job(locate(str(tmp_path))))
     with tarfile.open(tmp_path / "train-000000.tar") as archive:
         entries = archive.getmembers()
     assert len(entries) == 40
@@ -125,49 +168,156 @@ def test_no_name_and_no_time_of_the_maker_is_in_a_shard(few_digits, tmp_path):
 @pytest.mark.parametrize(("shard_images", "counts"), [(20, [20]), (8, [8, 8, 4]), (50, [20])])
 def test_shards_have_the_size_that_was_asked_for(few_digits, tmp_path, shard_images, counts):
     folder = locate(str(tmp_path))
-    index = prepare("mnist", folder, shard_images)
+    index = prepare(job(folder, shard_images=shard_images))
     assert [shard.count for shard in index.shards] == counts
     assert [len(read_shard(folder, shard)) for shard in index.shards] == counts
     assert index.class_counts == (7, 7, 6)
 
 
 def test_colour_images_have_three_channels(few_digits, tmp_path, monkeypatch):
-    colour = Source("colour", np.stack([few_digits.images] * 3, axis=3), few_digits.labels)
-    monkeypatch.setitem(module.SOURCES, "mnist", lambda: colour)
+    images, labels = few_digits
+    colour = np.stack([images, 255 - images, images // 2], axis=3)
+    put_in_place_of_the_digits(monkeypatch, (colour, labels))
     folder = locate(str(tmp_path))
-    index = prepare("mnist", folder)
+    index = prepare(job(folder, channels=3))
     assert (index.channels, index.resolution) == (3, 4)
     sample = read_shard(folder, index.shards[0])[0]
-    image, _ = decode_sample(sample, 3, 4, 3)
-    assert np.array_equal(image.transpose(1, 2, 0), colour.images[int(sample.key)])
+    assert np.array_equal(decoded(sample, 4, 3)[0], colour[int(sample.key)])
 
 
-def test_a_prepared_folder_is_refused_and_left_alone(few_digits, tmp_path):
+def test_original_files_keep_their_bytes_and_have_various_sizes(few_digits, tmp_path):
     folder = locate(str(tmp_path))
-    prepare("mnist", folder)
+    index = prepare(job(folder, encoding="original", resolution=256))
+    assert index.resolution is None
+    (shard,) = index.shards
+    for sample in read_shard(folder, shard):
+        with Image.open(io.BytesIO(sample.members["png"])) as image:
+            assert np.array_equal(np.asarray(image), few_digits[0][int(sample.key)])
+
+
+def test_a_jpeg_is_close_to_what_it_was_made_from(few_digits, tmp_path):
+    folder = locate(str(tmp_path))
+    index = prepare(job(folder, encoding="jpeg"))
+    for sample in read_shard(folder, index.shards[0]):
+        assert sample.members.keys() == {"jpg", "cls"}
+        image, _ = decoded(sample, 4)
+        assert np.abs(image.astype(int) - few_digits[0][int(sample.key)]).max() <= 8
+
+
+def test_the_same_job_again_does_nothing(few_digits, tmp_path, monkeypatch):
+    folder = locate(str(tmp_path))
+    index = prepare(job(folder))
     before = content(folder)
-    with pytest.raises(BadInput, match=re.escape(f"{folder.uri} holds prepared shards already")):
-        prepare("mnist", folder, shard_images=3)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a shard was written again")
+
+    monkeypatch.setattr(Location, "upload", refuse)
+    assert prepare(job(folder)) == index
     assert content(folder) == before
 
 
-def test_a_source_that_does_not_exist_is_refused_with_those_that_do(tmp_path):
-    with pytest.raises(BadInput, match="no source named imagnet: there is mnist"):
-        prepare("imagnet", locate(str(tmp_path / "new")))
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"shard_images": 3}, "output"),
+        ({"seed": 1}, "output"),
+        ({"resolution": 2}, "output"),
+        ({"encoding": "jpeg"}, "output"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_job_in_a_folder_is_refused_and_the_folder_left_alone(
+    few_digits, tmp_path, changes, told, finished
+):
+    folder = locate(str(tmp_path))
+    prepare(job(folder))
+    if not finished:
+        (folder / INDEX_NAME).delete()
+    before = content(folder)
+    words = re.escape(f"{folder.uri} was begun with other {told}")
+    with pytest.raises(BadInput, match=words + ".*choose another output.folder"):
+        prepare(job(folder, **changes))
+    assert content(folder) == before
+
+
+def test_a_source_that_changed_is_refused(few_digits, tmp_path, monkeypatch):
+    folder = locate(str(tmp_path))
+    prepare(job(folder))
+    put_in_place_of_the_digits(monkeypatch, (few_digits[0][:19], few_digits[1][:19]))
+    before = content(folder)
+    with pytest.raises(BadInput, match="was begun with other samples"):
+        prepare(job(folder))
+    assert content(folder) == before
+
+
+def test_who_does_it_and_where_the_storage_is_may_change(few_digits, tmp_path):
+    folder = locate(str(tmp_path))
+    index = prepare(job(folder))
+    changes = {
+        "storage": Storage(region="eu-north-1", retry_seconds=1),
+        "workers": job(folder).workers.model_copy(update={"cpus_per_task": 2.0}),
+    }
+    assert prepare(job(folder).model_copy(update=changes)) == index
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "photos/cat.png", INDEX_NAME])
+def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(few_digits, tmp_path, name):
+    folder = locate(str(tmp_path))
+    (folder / name).write(b"precious")
+    with pytest.raises(BadInput, match=re.escape(folder.uri) + ".*choose another output.folder"):
+        prepare(job(folder))
+    assert content(folder) == {name: b"precious"}
+
+
+JOB = "{source: {kind: mnist}, output: {folder: FOLDER}}"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("source.kind=imagnet", "source.kind: Input should be 'auto', 'folders', 'tars'"),
+        ("source.kind=folders", "source.uri must say where the images are"),
+        ("source.ury=x", "unknown key source.ury, did you mean uri?"),
+        ("output.contents=latents", "latents.vae must name the VAE"),
+        ("output.tokens=true", "output.tokens goes with output.contents: latents"),
+        ("output.shard_images=0", "output.shard_images: Input should be greater than 0"),
+    ],
+)
+def test_a_job_that_cannot_be_is_refused_before_anything_is_written(tmp_path, change, told):
+    text = JOB.replace("FOLDER", str(tmp_path / "new"))
+    with pytest.raises(BadInput) as caught:
+        prepare(parse(text, "job", [change], Preparation))
+    assert told in str(caught.value)
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("uploads", [0, 1, 2, 3])
+@pytest.mark.parametrize("change", ["resolution: 36", "channels: 1"])
+def test_a_vae_takes_three_channels_and_a_multiple_of_eight(change):
+    text = f"""
+    source: {{kind: photographs}}
+    output: {{folder: f, contents: latents, {change}}}
+    latents: {{vae: a-vae}}
+    """
+    with pytest.raises(BadInput, match="3 channels and a side that is a multiple of 8"):
+        parse(text, "job", kind=Preparation)
+
+
+# Three shards with a record each, and what lies around them.
+WRITES = 2 * 3 + len(FILES_AROUND)
+
+
+@pytest.mark.parametrize("writes", range(WRITES))
 def test_a_kill_leaves_no_index_and_the_next_call_finishes(
-    few_digits, tmp_path, monkeypatch, uploads
+    few_digits, tmp_path, monkeypatch, writes
 ):
     whole, killed = locate(str(tmp_path / "whole")), locate(str(tmp_path / "killed"))
-    prepare("mnist", whole, 7)
-    done = []
+    prepare(job(whole, shard_images=7))
+    done: list[str] = []
 
     def until_killed(act):
         def wrapped(place: Location, content: bytes | Path) -> None:
-            if len(done) == uploads:
+            if len(done) == writes:
                 raise KeyboardInterrupt
             act(place, content)
             done.append(place.name)
@@ -177,12 +327,39 @@ def test_a_kill_leaves_no_index_and_the_next_call_finishes(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Location, "upload", until_killed(Location.upload))
         patched.setattr(Location, "write", until_killed(Location.write))
-        prepare("mnist", killed, 7)
+        prepare(job(killed, shard_images=7))
     assert INDEX_NAME not in done
     with pytest.raises(BadInput, match=r"has no index\.json"):
         read_index(killed)
-    prepare("mnist", killed, 7)
+    again: list[str] = []
+    upload = Location.upload
+
+    def uploaded(place: Location, path: Path) -> None:
+        again.append(place.name)
+        upload(place, path)
+
+    monkeypatch.setattr(Location, "upload", uploaded)
+    prepare(job(killed, shard_images=7))
     assert content(killed) == content(whole)
+    # A shard with a record is done.
+    recorded = {name.removesuffix(".json") for name in done if name.startswith("train-")}
+    finished = {name for name in recorded if f"{name}.json" in done}
+    assert len(again) == 3 - len(finished)
+    assert not finished & set(again)
+
+
+def test_nothing_is_left_of_the_records_of_the_work(few_digits, tmp_path):
+    prepare(job(locate(str(tmp_path)), shard_images=3))
+    assert not (tmp_path / RECORDS).exists()
+
+
+def test_people_are_shown_the_classes_and_the_pictures(prepared):
+    folder, _ = prepared
+    for name in (HISTOGRAM_NAME, CONTACT_NAME):
+        with Image.open(io.BytesIO((folder / name).read())) as image:
+            assert image.format == "PNG"
+            assert min(image.size) >= 200
+    assert json.loads((folder / BROKEN_NAME).read()) == []
 
 
 def test_a_png_in_a_shard_is_an_image_file(prepared, samples, tmp_path):

@@ -74,7 +74,8 @@ def undisturbed(images: int) -> tuple[str, ...]:
 def streams(draw) -> Stream:
     counts = draw(st.lists(st.integers(0, 7), min_size=1, max_size=4).filter(any))
     lanes, lane_size = draw(st.integers(1, 5)), draw(st.integers(1, 3))
-    return Stream(draw(st.integers(0, 9)), tuple(counts), lanes * lane_size, lanes)
+    block = draw(st.integers(1, 9))
+    return Stream(draw(st.integers(0, 9)), tuple(counts), block, lanes * lane_size, lanes)
 
 
 def planned(stream: Stream, lanes: range, start: int, stop: int) -> list[np.ndarray]:

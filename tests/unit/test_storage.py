@@ -10,7 +10,7 @@ from pyarrow import fs
 
 from cat_ray import storage
 from cat_ray.errors import BadInput
-from cat_ray.storage import Location, locate
+from cat_ray.storage import Location, StorageDown, locate, patiently
 
 
 @pytest.fixture
@@ -132,6 +132,45 @@ def test_a_deleted_folder_is_gone_with_all_below_and_nothing_beside(place, tmp_p
     assert (place / "kept" / "c").exists()
 
 
+@pytest.mark.parametrize(("begin", "end"), [(0, 0), (0, 5), (3, 7), (9, 10), (0, 10)])
+def test_a_range_is_those_bytes_of_the_file(place, begin, end):
+    (place / "file").write(b"0123456789")
+    assert (place / "file").read_range(begin, end) == b"0123456789"[begin:end]
+
+
+@pytest.mark.parametrize(("begin", "end"), [(5, 11), (10, 12), (20, 30)])
+def test_a_range_past_the_files_end_is_refused_by_name(place, begin, end):
+    (place / "file").write(b"0123456789")
+    with pytest.raises(BadInput, match=rf"file ends at byte \d+, before {end}"):
+        (place / "file").read_range(begin, end)
+
+
+def test_a_range_of_a_file_that_is_not_there_is_refused_by_name(place):
+    with pytest.raises(BadInput, match="absent doesn't exist"):
+        (place / "absent").read_range(0, 1)
+
+
+def test_an_opened_file_can_be_sought_in(place):
+    (place / "file").write(b"0123456789")
+    with (place / "file").opened() as file:
+        file.seek(4)
+        assert file.read(3) == b"456"
+    with pytest.raises(BadInput, match="absent doesn't exist"), (place / "absent").opened():
+        pass
+
+
+def test_files_below_come_by_their_path_from_here_at_any_depth(place):
+    for name, size in (("a", 3), ("b/c", 0), ("b/d/e.png", 7)):
+        (place / name).write(b"x" * size)
+    assert place.files_below() == {"a": 3, "b/c": 0, "b/d/e.png": 7}
+    assert (place / "b").files_below() == {"c": 0, "d/e.png": 7}
+    assert (place / "absent").files_below() == {}
+
+
+def test_places_can_be_told_apart_and_found_again(place):
+    assert len({place / "a", place / "a", place / "b"}) == 2
+
+
 # Failures.
 
 
@@ -241,3 +280,115 @@ def test_a_store_that_does_not_answer_is_told_by_uri_and_not_waited_for(monkeypa
 def test_a_host_that_swallows_packets_is_given_up_soon():
     # A connection that is refused fails at once; one that hangs costs these.
     assert storage.ATTEMPTS * storage.CONNECT_SECONDS <= 60
+
+
+# Patience.
+
+
+class Pauses:
+    """A clock that runs only while somebody sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now, self.slept = 100.0, list[float]()
+        monkeypatch.setattr(storage.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(storage.time, "sleep", self._sleep)
+
+    def _sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def failing(times: int, error: Exception | type[Exception]):
+    """Answers after so many failures; how often it was asked is the list's length."""
+    asked: list[int] = []
+
+    def ask() -> str:
+        asked.append(len(asked))
+        if len(asked) <= times:
+            raise error
+        return "answer"
+
+    return ask, asked
+
+
+@pytest.mark.parametrize("times", [0, 1, 5])
+def test_a_storage_that_is_down_is_asked_until_it_answers(monkeypatch, times):
+    pauses = Pauses(monkeypatch)
+    ask, asked = failing(times, StorageDown("down"))
+    assert patiently(ask, 300) == "answer"
+    assert len(asked) == times + 1
+    assert len(pauses.slept) == times
+
+
+def test_pauses_grow_up_to_the_longest(monkeypatch):
+    pauses = Pauses(monkeypatch)
+    ask, _ = failing(12, StorageDown("down"))
+    patiently(ask, 300)
+    whole = [
+        min(storage.FIRST_PAUSE_SECONDS * 2**n, storage.LONGEST_PAUSE_SECONDS) for n in range(12)
+    ]
+    # Readers that failed together come back one by one.
+    for slept, pause in zip(pauses.slept, whole, strict=True):
+        assert pause / 2 <= slept <= pause
+
+
+@pytest.mark.parametrize("seconds", [0, 0.4, 3, 60, 300])
+def test_a_storage_that_stays_down_is_given_up_after_the_time(monkeypatch, seconds):
+    pauses = Pauses(monkeypatch)
+    ask, asked = failing(10**6, StorageDown("still down"))
+    with pytest.raises(StorageDown, match="still down"):
+        patiently(ask, seconds)
+    assert len(asked) == len(pauses.slept) + 1
+    assert sum(pauses.slept) <= seconds
+    # It gives up when the next pause would be over too late, and no earlier.
+    assert sum(pauses.slept) + storage.LONGEST_PAUSE_SECONDS > seconds
+
+
+@pytest.mark.parametrize("error", [BadInput("no such key"), ValueError("ours"), KeyboardInterrupt])
+def test_what_asking_again_will_not_mend_is_told_at_once(monkeypatch, error):
+    pauses = Pauses(monkeypatch)
+    ask, asked = failing(3, error)
+    with pytest.raises(error if isinstance(error, type) else type(error)) as caught:
+        patiently(ask, 300)
+    assert not isinstance(caught.value, StorageDown)
+    assert (len(asked), pauses.slept) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("reason", "final"),
+    [
+        ("When reading: AWS Error NETWORK_CONNECTION during GetObject: refused", False),
+        ("AWS Error SLOW_DOWN during GetObject operation", False),
+        ("AWS Error UNKNOWN (HTTP status 503) during HeadObject", False),
+        ("AWS Error INTERNAL_FAILURE (HTTP status 500)", False),
+        ("AWS Error UNKNOWN (HTTP status 301)", False),
+        ("AWS Error NO_SUCH_BUCKET during GetObject operation", True),
+        ("AWS Error NO_SUCH_KEY during GetObject operation", True),
+        ("AWS Error ACCESS_DENIED during GetObject operation", True),
+        ("AWS Error INVALID_ACCESS_KEY_ID (HTTP status 403)", True),
+        ("AWS Error SIGNATURE_DOES_NOT_MATCH during GetObject", True),
+        ("AWS Error UNKNOWN (HTTP status 400) during HeadObject", True),
+    ],
+)
+def test_a_store_is_asked_again_only_for_what_may_pass(tmp_path, reason, final):
+    store = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    place = Location(store, "file", "s3://bucket/file")
+    with pytest.raises(BadInput) as caught, place._explained():
+        raise OSError(reason)
+    assert isinstance(caught.value, StorageDown) is not final
+    assert "s3://bucket/file" in str(caught.value)
+
+
+def test_a_local_failure_is_final(place):
+    with pytest.raises(BadInput) as caught, place._explained():
+        raise OSError(errno.EIO, "Input/output error")
+    assert not isinstance(caught.value, StorageDown)
+
+
+def test_a_store_that_refuses_connections_is_down_and_may_come_back(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    with pytest.raises(StorageDown):
+        (locate("s3://bucket/run/", "http://127.0.0.1:9") / "shard.tar").read_range(0, 10)

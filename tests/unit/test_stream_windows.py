@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cat_ray.data.index import Index
+from cat_ray.config import parse
+from cat_ray.data.index import Index, Shard
 from cat_ray.data.order import Stream
-from cat_ray.data.stream import FIRST_WINDOW_BATCHES, Due, windows_of
+from cat_ray.data.read import Reading
+from cat_ray.data.stream import FIRST_WINDOW_BATCHES, Due, stream_of, window_images, windows_of
 from cat_ray.storage import locate
 
 BATCH = 16
@@ -18,7 +20,7 @@ some = settings(max_examples=200, deadline=None, derandomize=True)
 def due(start: int, stop: int, window: int, batch: int = BATCH) -> Due:
     """What is due between two places, all in batches."""
     return Due(
-        stream=Stream(seed=0, counts=(1,), batch_size=batch, lanes=1),
+        stream=Stream(seed=0, counts=(1,), block_images=1, batch_size=batch, lanes=1),
         start=start * batch,
         stop=stop * batch,
         window=window * batch,
@@ -27,9 +29,8 @@ def due(start: int, stop: int, window: int, batch: int = BATCH) -> Due:
         began=0.0,
         noise_stream=0,
         gone_nodes=(),
-        index=Index(1, 1, (), "", ()),
-        folder=locate("nowhere"),
-        num_classes=1,
+        index=Index("images", 1, 1, (), "", (), ""),
+        reading=Reading(locate("nowhere"), "images", 1, 1, crop=False, num_classes=1),
     )
 
 
@@ -84,3 +85,41 @@ def test_the_first_windows_are_small_and_grow_until_they_are_as_large_as_asked_f
 def test_windows_of_small_runs(start, stop, window, expected):
     found = [(a // BATCH, b // BATCH) for a, b in windows_of(due(start, stop, window))]
     assert found == list(pairwise(expected))
+
+
+# What a job asks for.
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "batch", "sample_side", "expected"),
+    [
+        # 3,072 bytes a sample: 325 and 83,333 of them fit.
+        (1, 16, 32, 320),
+        (256, 16, 32, 83_328),
+        (256, 512, 32, 82_944),
+        # Never less than a batch, however large it is.
+        (1, 512, 256, 512),
+        (1, 16, 32_000, 16),
+    ],
+)
+def test_a_window_is_as_much_memory_as_asked_for_in_whole_batches(
+    tiny_job, megabytes, batch, sample_side, expected
+):
+    changes = [
+        f"data.window_megabytes={megabytes}",
+        f"optimisation.batch_size={batch}",
+        f"run.total_images={batch}",
+    ]
+    reading = Reading(locate("."), "images", sample_side, 3, crop=False, num_classes=1)
+    assert window_images(parse(tiny_job, "job", changes), reading) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "pack", "expected"),
+    [("null", 1, 1024), ("null", 64, 1024), (7, 1, 7), (7, 64, 64), (64, 64, 64), (65, 64, 128)],
+)
+def test_a_job_reads_blocks_of_whole_packs_of_about_a_mebibyte(tiny_job, asked, pack, expected):
+    shards = tuple(Shard(f"{n}.tar", 1000, 1024 * 1000, "") for n in range(2))
+    index = Index("images", 32, 1, (2000,), "", shards, "", pack_images=pack)
+    config = parse(tiny_job, "job", [f"data.block_images={asked}", "run.seed=3"])
+    assert stream_of(config, index) == Stream(3, (1000, 1000), expected, 16, 4)
