@@ -41,6 +41,8 @@ Checkpoint = Annotated[
     typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or a run's for its newest."),
 ]
 
+RETRY_SECONDS = 60.0
+
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
 
 
@@ -67,6 +69,35 @@ def prepare(
 
         config = configuration.load(job, overrides or (), Preparation)
         typer.echo(f"{write_shards(config).describe()}: {config.output.folder}")
+
+
+@app.command()
+def index(
+    shards: Annotated[
+        str,
+        typer.Argument(
+            metavar="URI",
+            help="A folder of tar files, or their names, as in s3://b/train-{000000..000146}.tar.",
+        ),
+    ],
+    verify: Annotated[bool, typer.Option("--verify", help="Decode every image.")] = False,
+    num_classes: Annotated[int | None, typer.Option(help="Class ids must be below this.")] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Write the index.json of WebDataset shards that others made, and say what is wrong there."""
+    with _speaking_plainly():
+        from cat_ray.data.indexing import index_shards
+
+        uri, pattern = shards.rsplit("/", 1) if shards.endswith(".tar") else (shards, "")
+        place = locate(uri, endpoint_url)
+        made, problems = index_shards(place, pattern, num_classes, verify, RETRY_SECONDS)
+        for line in problems:
+            typer.echo(line)
+        if made is not None:
+            typer.echo(f"{made.describe()}: {place.uri}")
+        if problems:
+            what = "no index was written" if made is None else "they count as samples nevertheless"
+            raise BadInput(f"{len(problems)} problems in {place.uri}: {what}")
 
 
 @app.command()

@@ -2,13 +2,17 @@
 
 import contextlib
 import hashlib
+import logging
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 CHECKSUM_BYTES = 16
 ROOM_AFTER_SWEEP = 0.9
 SWEEP_EVERY_BYTES = 0.02
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,16 @@ class Cache:
     def put(self, key: str, content: bytes) -> None:
         """Keeps a copy; those that were asked for longest ago give way to it."""
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_bytes(content + _checksum(content))
-        partial.replace(path)
+        partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content + _checksum(content))
+            partial.replace(path)
+        except OSError as error:
+            # A disk that is full must not end a run that can read without it.
+            logger.warning("nothing more is kept in the cache %s: %s", self.folder, error)
+            partial.unlink(missing_ok=True)
+            return
         self._count(len(content))
 
     def _count(self, size: int) -> None:

@@ -24,7 +24,9 @@ def contact_sheet(samples: Iterable[Encoded], output: Output) -> bytes:
         with contextlib.suppress(BrokenSample):
             pixels = np.array(pixels_of(sample, output))
             pictures.append(torch.from_numpy(pixels).view(*pixels.shape[:2], output.channels))
-    sheet = torch.stack(pictures).permute(0, 3, 1, 2)
+    if not pictures:
+        pictures.append(torch.zeros(output.resolution, output.resolution, output.channels))
+    sheet = torch.stack(pictures).to(torch.uint8).permute(0, 3, 1, 2)
     return to_png(to_image(grid(sheet, COLUMNS)))
 
 

@@ -59,6 +59,8 @@ def prepare(job: Preparation) -> Index:
     units, classes = list_units(source)
     _claim(folder, job, source, units, classes)
     if (folder / INDEX_NAME).exists():
+        # A kill may have come between the two.
+        (folder / RECORDS).delete_folder()
         return read_index(folder)
     made_with = _made_with(job)
     plans = list(plan_shards(units, output.shard_images, output.seed))

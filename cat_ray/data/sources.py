@@ -3,6 +3,7 @@
 A source is a list of units, each a place in a file with one or more samples that are read at once.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -119,6 +120,12 @@ def list_units(source: Source) -> tuple[list[Unit], tuple[str, ...]]:
     units, classes = listers[source.kind](source)
     if not units:
         raise BadInput(f"{source.place.uri} holds no samples of the kind {source.kind}")
+    twice = [key for key, count in Counter(u.key for u in units if u.key).items() if count > 1]
+    if twice:
+        raise BadInput(
+            f"{source.place.uri} holds {len(twice)} names twice but for endings and dots, such as "
+            f"{twice[0]}: rename one of the two"
+        )
     return units, classes
 
 

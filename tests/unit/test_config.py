@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from cat_ray.config import Config, Section, dump, flatten, load, parse
+from cat_ray.data.preparation import Preparation
 from cat_ray.errors import BadInput
 from cat_ray.model.sizes import SIZES, Size
 
-JOBS = sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "jobs"
+PREPARATIONS = sorted(FOLDER.glob("prepare_*.yaml"))
+JOBS = sorted(set(FOLDER.glob("*.yaml")) - set(PREPARATIONS))
 SHORTEST = "run: {folder: r, total_images: 512}\ndata: {shards: s, num_classes: 10}\n"
 
 
@@ -305,3 +308,8 @@ def test_a_configuration_cannot_be_changed_afterwards(tiny_job):
     config = parse(tiny_job, "job.yaml")
     with pytest.raises(ValueError, match="frozen"):
         config.run.seed = 1
+
+
+@pytest.mark.parametrize("path", PREPARATIONS, ids=lambda path: path.stem)
+def test_the_jobs_that_prepare_are_whole(path):
+    assert load(str(path), kind=Preparation).output.folder
