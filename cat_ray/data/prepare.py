@@ -59,8 +59,9 @@ def prepare(job: Preparation) -> Index:
     units, classes = list_units(source)
     _claim(folder, job, source, units, classes)
     if (folder / INDEX_NAME).exists():
-        # A kill may have come between the two.
-        (folder / RECORDS).delete_folder()
+        if (folder / RECORDS).sizes():
+            # A kill came between the two.
+            (folder / RECORDS).delete_folder()
         return read_index(folder)
     made_with = _made_with(job)
     plans = list(plan_shards(units, output.shard_images, output.seed))
