@@ -4,12 +4,10 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import ray
-import ray.data
 from braceexpand import braceexpand
 from PIL import Image
 
@@ -20,10 +18,10 @@ from cat_ray.data.latents import CHANNELS
 from cat_ray.data.packs import LATENTS, unpack
 from cat_ray.data.sources import TAR
 from cat_ray.data.tar import RawSample, samples
+from cat_ray.data.tasks import run_tasks
 from cat_ray.errors import BadInput
 from cat_ray.operations.counting import Counting
 from cat_ray.storage import Location, patiently
-from cat_ray.training.elasticity import told_to_user
 
 # Of Stable Diffusion's first VAEs, which is what latents come from that say nothing else.
 SD_SCALING_FACTOR = 0.18215
@@ -77,11 +75,14 @@ def index_shards(
         raise BadInput(f"{folder.uri} holds no files that end in {TAR}")
     if missing := [name for name in names if name not in found]:
         raise BadInput(f"{folder.uri} has no {missing[0]}, and {len(missing) - 1} more are missing")
-    looks = sorted(
-        _look_at_all(folder, names, verify, retry_seconds),
-        key=lambda look: names.index(look["name"]),
-    )
-    found_out = [_from_row(look) for look in looks]
+    rows = [{"name": name} for name in names]
+    settings = {"folder": folder, "verify": verify, "retry_seconds": retry_seconds}
+    looks: dict[str, Look] = {}
+    with connected(1, {}), Counting("shards", len(names)) as counting:
+        for row in run_tasks(_task, rows, 1, **settings):
+            looks[row["name"]] = _from_row(row)
+            counting.add(row["name"])
+    found_out = [looks[name] for name in names]
     problems = [line for look in found_out for line in look.problems]
     counts = Counter[int]()
     for look in found_out:
@@ -101,28 +102,6 @@ def index_shards(
     index = _index(folder, found_out, counts)
     extents = {look.shard.name: look.extents for look in found_out if look.shard is not None}
     return write_index(folder, index, extents), problems
-
-
-def _look_at_all(
-    folder: Location, names: Sequence[str], verify: bool, retry_seconds: float
-) -> Iterator[dict[str, Any]]:
-    with connected(1, {}), Counting("shards", len(names)) as counting:
-        dataset = ray.data.from_items(
-            [{"name": name} for name in names], override_num_blocks=len(names)
-        ).map(
-            _task,
-            fn_kwargs={"folder": folder, "verify": verify, "retry_seconds": retry_seconds},
-            num_cpus=1,
-        )
-        dataset.context.enable_progress_bars = False
-        try:
-            for row in dataset.iter_rows():
-                counting.add(row["name"])
-                yield row
-        except ray.exceptions.RayError as error:
-            if (told := told_to_user(error)) is not None:
-                raise told from error
-            raise
 
 
 def _task(

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import ray.data
 
 from cat_ray.config import Storage
 from cat_ray.connection import connected
@@ -29,11 +28,11 @@ from cat_ray.data.shard_file import Written, write_shard_file
 from cat_ray.data.shard_plan import ShardPlan, plan_shards
 from cat_ray.data.shard_task import Encode, image_entries, latent_entries, read_plan
 from cat_ray.data.sources import Source, Unit, guess_kind, list_units
+from cat_ray.data.tasks import run_tasks
 from cat_ray.errors import BadInput
 from cat_ray.objective.alignment import load_teacher
 from cat_ray.operations.counting import Counting
 from cat_ray.storage import Location, locate
-from cat_ray.training.elasticity import told_to_user
 
 RECORDS = "records"
 JOB_NAME, BROKEN_NAME = "preparation.json", "broken.json"
@@ -127,21 +126,10 @@ def _write(
     needed = workers.cpus_per_task + (workers.encoders if latents else 0)
     with connected(needed, {}), Counting("shards", total, done=total - len(left)) as counting:
         encoders = _start_encoders(job) if latents else []
-        dataset = ray.data.from_items(
-            [{"plan": plan} for plan in left], override_num_blocks=len(left)
-        ).map(
-            _task,
-            fn_kwargs={"job": job, "source": source, "folder": folder, "encoders": encoders},
-            num_cpus=workers.cpus_per_task,
-        )
-        dataset.context.enable_progress_bars = False
-        try:
-            for row in dataset.iter_rows():
-                counting.add(f"{row['name']}: {row['count']:,} images")
-        except ray.exceptions.RayError as error:
-            if (told := told_to_user(error)) is not None:
-                raise told from error
-            raise
+        settings = {"job": job, "source": source, "folder": folder, "encoders": encoders}
+        rows = [{"plan": plan} for plan in left]
+        for row in run_tasks(_task, rows, workers.cpus_per_task, **settings):
+            counting.add(f"{row['name']}: {row['count']:,} images")
 
 
 def _start_encoders(job: Preparation) -> list[Any]:

@@ -210,7 +210,7 @@ def train(tmp_path: Path, shards: str, *changes: str) -> subprocess.CompletedPro
             },
         },
         "optimisation": {"batch_size": 16, "lanes": 4},
-        "workers": {"minimum": 2, "maximum": 2, "cpus_per_worker": 0.5, "max_failures": 0},
+        "workers": {"cpus_per_worker": 0.5, "max_failures": 0},
         "reporting": {"log_every_images": 32, "grid_every_images": 64},
     }
     path = tmp_path / "train.yaml"
