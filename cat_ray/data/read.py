@@ -12,9 +12,9 @@ import numpy as np
 from cat_ray.config import Config
 from cat_ray.data.cache import Cache
 from cat_ray.data.decode import BrokenSample, decode_sample
-from cat_ray.data.index import Index, Shard
+from cat_ray.data.index import Extents, Index, Shard
 from cat_ray.data.latents import IMAGE_CHANNELS, REDUCTION
-from cat_ray.data.packs import unpack
+from cat_ray.data.packs import LATENTS, unpack
 from cat_ray.data.tar import RawSample, samples
 from cat_ray.errors import BadInput
 from cat_ray.storage import Location, patiently
@@ -101,6 +101,26 @@ class Part:
     first: int
     count: int
     members: tuple[int, ...]
+
+
+def part_of(
+    index: Index, extents: Extents, block_images: int, shard: int, members: Sequence[int]
+) -> Part:
+    """Some samples of one block of a shard, and where the block lies.
+
+    Args:
+        index: the data set's.
+        extents: where its packs lie.
+        block_images: samples in a block, whole packs.
+        shard: which, by its place in the index.
+        members: the samples wanted, by their place in the shard; all of one block.
+    """
+    record, pack = index.shards[shard], index.pack_images
+    first = members[0] // block_images * block_images
+    count = min(block_images, record.count - first)
+    places = extents[record.name]
+    begin, end = places[first // pack], places[-(-(first + count) // pack)]
+    return Part(record.name, int(begin), int(end), first, count, tuple(members))
 
 
 @dataclass(frozen=True)
@@ -242,7 +262,7 @@ def read_shard(folder: Location, shard: Shard) -> list[RawSample]:
     """
     found = list(samples((folder / shard.name).read(), shard.name))
     count = sum(
-        len(unpack(sample, shard.name).classes) if "latents.npy" in sample.members else 1
+        len(unpack(sample, shard.name).classes) if LATENTS in sample.members else 1
         for sample in found
     )
     if count != shard.count:

@@ -19,7 +19,7 @@ import ray.train
 from cat_ray.config import Config
 from cat_ray.data.index import Extents, Index, read_extents
 from cat_ray.data.order import Piece, Stream, lane_images, pieces
-from cat_ray.data.read import Batch, Part, Reading, read_parts
+from cat_ray.data.read import Batch, Part, Reading, part_of, read_parts
 from cat_ray.training.lanes import share
 
 DATASET_NAME = "train"
@@ -135,22 +135,16 @@ class RankStream:
 
     def _row(self, piece: Piece, start: int) -> dict[str, Any]:
         """What a reading task must know of a piece, and where its samples go in the window."""
-        stream, shard = self.due.stream, self.due.index.shards[piece.shard]
-        first = piece.members[0] // stream.block_images * stream.block_images
-        count = min(stream.block_images, shard.count - first)
-        pack, extents = self.due.index.pack_images, self._extents[shard.name]
+        stream, index = self.due.stream, self.due.index
+        part = part_of(index, self._extents, stream.block_images, piece.shard, piece.members)
         lane_at = (
             piece.start - lane_images(stream, piece.lane, start) + np.arange(len(piece.members))
         )
         step, place = np.divmod(lane_at, stream.lane_size)
         row = (step * len(self.lanes) + piece.lane - self.lanes.start) * stream.lane_size + place
         return {
-            "shard": shard.name,
-            "begin": int(extents[first // pack]),
-            "end": int(extents[-(-(first + count) // pack)]),
-            "first": first,
-            "count": count,
-            "members": np.asarray(piece.members),
+            **vars(part),
+            "members": np.asarray(part.members),
             "slots": row,
         }
 

@@ -31,7 +31,16 @@ from cat_ray.data.decode import IMAGE_ENDINGS, encoded_image
 from cat_ray.data.index import Extents, Index, check_fits, check_shards, read_extents, read_index
 from cat_ray.data.order import blocks
 from cat_ray.data.packs import unpack
-from cat_ray.data.read import Batch, Part, Reading, decode_part, fetch, read_parts, reading_of
+from cat_ray.data.read import (
+    Batch,
+    Part,
+    Reading,
+    decode_part,
+    fetch,
+    part_of,
+    read_parts,
+    reading_of,
+)
 from cat_ray.data.stream import CPUS_PER_READ, Due, RankStream, stream_of, window_images
 from cat_ray.data.tar import RawSample, samples
 from cat_ray.storage import Location, locate
@@ -103,20 +112,20 @@ def bench_data(config: Config, images: int, workers: int, repetitions: int) -> D
 
 
 def _parts(config: Config, index: Index, extents: Extents) -> list[Part]:
-    """Whole blocks in the order of a run's first epoch, some hundreds of images of them."""
+    """Whole blocks in random order, some hundreds of images of them."""
     stream = stream_of(config, index)
-    of, found = blocks(stream), []
-    random = np.random.default_rng(0).permutation(len(of.shard))
-    for block in random[: -(-ALONE_IMAGES // stream.block_images)]:
-        shard, first, count = (
-            index.shards[of.shard[block]],
-            int(of.first[block]),
-            int(of.count[block]),
+    of = blocks(stream)
+    chosen = np.random.default_rng(0).permutation(len(of.shard))
+    return [
+        part_of(
+            index,
+            extents,
+            stream.block_images,
+            int(of.shard[block]),
+            range(int(of.first[block]), int(of.first[block] + of.count[block])),
         )
-        places, pack = extents[shard.name], index.pack_images
-        begin, end = int(places[first // pack]), int(places[-(-(first + count) // pack)])
-        found.append(Part(shard.name, begin, end, first, count, tuple(range(first, first + count))))
-    return found
+        for block in chosen[: -(-ALONE_IMAGES // stream.block_images)]
+    ]
 
 
 def _steps(reading: Reading, parts: Sequence[Part]) -> Iterator[tuple[str, float]]:
