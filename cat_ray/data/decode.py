@@ -64,7 +64,7 @@ def decode_image(
     Raises:
         BrokenSample: it isn't a readable image, or has another size and `crop` is off.
     """
-    if channels == 3 and content[:3] == JPEG_START and _decode_jpeg(content, out):
+    if channels == 3 and content[:3] == JPEG_START and _decode_jpeg(content, crop, out):
         return
     image = open_image(content, channels)
     if image.size != (resolution, resolution):
@@ -75,19 +75,22 @@ def decode_image(
     out[:] = np.asarray(image, dtype=np.uint8).reshape(out.shape)
 
 
-def _decode_jpeg(content: bytes, out: np.ndarray) -> bool:
-    """Decodes a colour JPEG of just the right size to where it belongs; False for any other.
+def _decode_jpeg(content: bytes, crop: bool, out: np.ndarray) -> bool:
+    """Decodes a colour JPEG of the right size, or one to be cropped; False for any other.
 
     The pixels are those of Pillow, whose libjpeg-turbo it is as well, without two copies of them.
     """
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(content)
-        if (height, width) != out.shape[:2] or space != THREE_COMPONENTS:
+        fits = (height, width) == out.shape[:2]
+        if space != THREE_COMPONENTS or not (fits or crop):
             return False
-        simplejpeg.decode_jpeg(content, colorspace="RGB", buffer=out)
+        pixels = simplejpeg.decode_jpeg(content, colorspace="RGB", buffer=out if fits else None)
     except ValueError:
         # Pillow tells more of what is wrong, and reads some that are a little damaged.
         return False
+    if not fits:
+        out[:] = np.asarray(center_crop(Image.fromarray(pixels), out.shape[0]))
     return True
 
 
