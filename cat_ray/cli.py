@@ -247,8 +247,8 @@ def bench_data(
     job: Job,
     overrides: Overrides = None,
     images: Annotated[int, typer.Option(min=1, help="To read each time.")] = 10_000,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that read; this machine's cores if unset.")
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="Cores to use; all of this machine's if unset.")
     ] = None,
     repetitions: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
@@ -259,7 +259,7 @@ def bench_data(
         from cat_ray.operations.bench_data import bench_tables, to_json
 
         config = configuration.load(job, overrides or ())
-        speed = measure(config, images, workers or os.cpu_count() or 1, repetitions)
+        speed = measure(config, images, cpus or os.cpu_count() or 1, repetitions)
         if as_json:
             typer.echo(to_json(speed))
         else:

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping
 
 from cat_ray.storage import ENVIRONMENT
 
+PROCESSES_PER_CPU = 2
+
 
 @contextlib.contextmanager
 def connected(
-    needed_cpus: float, environment: Mapping[str, str], exactly: float | None = None
+    needed_cpus: float, environment: Mapping[str, str], exactly: int | None = None
 ) -> Iterator[None]:
     """Connects for as long as the block lasts, unless there is a connection already.
 
@@ -36,13 +38,17 @@ def connected(
             runtime_env={"env_vars": {**ENVIRONMENT, **environment}},
         )
     elif own:
+        cpus = exactly or max(os.cpu_count() or 1, math.ceil(needed_cpus))
         ray.init(
             # Without it a cluster that runs on this machine for something else would be used.
             address="local",
-            num_cpus=exactly or max(os.cpu_count() or 1, math.ceil(needed_cpus)),
+            num_cpus=cpus,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
+            # Ray ends what is idle for a second beyond one process for each CPU. Reading tasks take
+            # less than a CPU each, and starting one anew takes longer than a task.
+            _system_config={"num_workers_soft_limit": PROCESSES_PER_CPU * cpus + 1},
         )
     try:
         yield

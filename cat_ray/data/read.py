@@ -9,11 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from cat_ray.config import Config
 from cat_ray.data.cache import Cache
 from cat_ray.data.decode import BrokenSample, decode_sample
 from cat_ray.data.index import Extents, Index, Shard
-from cat_ray.data.latents import IMAGE_CHANNELS, REDUCTION
 from cat_ray.data.packs import LATENTS, unpack
 from cat_ray.data.tar import RawSample, samples
 from cat_ray.errors import BadInput
@@ -61,25 +59,6 @@ class Reading:
     def sample_bytes(self) -> int:
         """Of a sample in memory."""
         return math.prod(self.shape()) * np.dtype(self.dtype()).itemsize
-
-
-def reading_of(config: Config, index: Index, folder: Location) -> Reading:
-    """How a job reads its shards: latents, images, or images that the VAE is to encode."""
-    data, model = config.data, config.model
-    encode = index.contents == "images" and config.latents.vae is not None
-    return Reading(
-        folder=folder,
-        contents=index.contents,
-        resolution=model.resolution * (REDUCTION if encode else 1),
-        channels=IMAGE_CHANNELS if encode else model.channels,
-        crop=index.resolution is None,
-        num_classes=data.num_classes,
-        scaling_factor=index.made_with.get("scaling_factor", 1.0),
-        retry_seconds=config.storage.retry_seconds,
-        cache=Cache(data.cache_folder, int(data.cache_gigabytes * 10**9))
-        if data.cache_folder
-        else None,
-    )
 
 
 @dataclass(frozen=True)
@@ -156,8 +135,10 @@ class Batch:
         return Batch(*(column[begin:end] for column in columns))
 
 
-def read_parts(reading: Reading, parts: Sequence[Part]) -> Batch:
+def read_parts(reading: Reading, parts: Sequence[Part], room: Batch | None = None) -> Batch:
     """Reads parts of blocks, the next ones while one is decoded; rows in the order of the members.
+
+    `room` is for just so many samples, if there is memory to be used again.
 
     A sample that can't be decoded is replaced by the nearest good one of its block, so that counts
     and order stay as planned, whatever else of the block is wanted.
@@ -166,8 +147,7 @@ def read_parts(reading: Reading, parts: Sequence[Part]) -> Batch:
         BadInput: a shard can't be read, or isn't as indexed, or none of a block's samples is good.
     """
     coming = [_readers().submit(fetch, reading, part) for part in parts]
-    total = sum(len(part.members) for part in parts)
-    batch = Batch.empty(reading, total)
+    batch = room or Batch.empty(reading, sum(len(part.members) for part in parts))
     row = 0
     for part, content in zip(parts, coming, strict=True):
         raw = list(samples(content.result(), part.shard, whole=False))

@@ -10,16 +10,22 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray.data
 import ray.train
 
 from cat_ray.config import Config
+from cat_ray.data.cache import Cache
 from cat_ray.data.index import Extents, Index, read_extents
+from cat_ray.data.latents import IMAGE_CHANNELS, REDUCTION
 from cat_ray.data.order import Piece, Stream, lane_images, pieces
-from cat_ray.data.read import Batch, Part, Reading, part_of, read_parts
+from cat_ray.data.read import Batch, Reading, part_of
+from cat_ray.data.reading_task import COLUMNS, read_pieces
+from cat_ray.storage import Location
 from cat_ray.training.lanes import share
 
 DATASET_NAME = "train"
@@ -28,7 +34,6 @@ NODE_ID = "ray.io/node-id"
 FIRST_WINDOW_BATCHES = 4
 WINDOWS_AHEAD, TASKS_PER_WINDOW = 2, 4
 BYTES_PER_READ = 48 * 2**20
-COLUMNS = ("content", "labels", "keys", "broken")
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,14 @@ class RankStream:
         rows = [self._row(piece, start) for piece in pieces(due.stream, self.lanes, start, stop)]
         wanted = (stop - start) // due.stream.lanes * len(self.lanes)
         tasks = max(TASKS_PER_WINDOW, wanted * due.reading.sample_bytes() // BYTES_PER_READ)
-        dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), tasks)).map_batches(
-            read_rows,
+        cuts = np.linspace(0, len(rows), min(len(rows), tasks) + 1).astype(int)
+        table = pa.Table.from_pylist(rows)
+        dataset = ray.data.from_arrow(
+            [table.slice(begin, end - begin) for begin, end in pairwise(cuts)]
+        ).map_batches(
+            read_pieces,
             batch_size=None,
+            batch_format="pyarrow",
             fn_kwargs={"reading": due.reading},
             num_cpus=CPUS_PER_READ,
             **elsewhere(due.gone_nodes),
@@ -142,11 +152,7 @@ class RankStream:
         )
         step, place = np.divmod(lane_at, stream.lane_size)
         row = (step * len(self.lanes) + piece.lane - self.lanes.start) * stream.lane_size + place
-        return {
-            **vars(part),
-            "members": np.asarray(part.members),
-            "slots": row,
-        }
+        return {**vars(part), "slots": row}
 
 
 def _without_overhead(context: ray.data.DataContext) -> None:
@@ -197,6 +203,25 @@ def stream_of(config: Config, index: Index) -> Stream:
     )
 
 
+def reading_of(config: Config, index: Index, folder: Location) -> Reading:
+    """How a job reads its shards: latents, images, or images that the VAE is to encode."""
+    data, model = config.data, config.model
+    encode = index.contents == "images" and config.latents.vae is not None
+    return Reading(
+        folder=folder,
+        contents=index.contents,
+        resolution=model.resolution * (REDUCTION if encode else 1),
+        channels=IMAGE_CHANNELS if encode else model.channels,
+        crop=index.resolution is None,
+        num_classes=data.num_classes,
+        scaling_factor=index.made_with.get("scaling_factor", 1.0),
+        retry_seconds=config.storage.retry_seconds,
+        cache=Cache(data.cache_folder, int(data.cache_gigabytes * 10**9))
+        if data.cache_folder
+        else None,
+    )
+
+
 def window_images(config: Config, reading: Reading) -> int:
     """How many images are read at a time, over all workers: a multiple of the batch."""
     batch_size = config.optimisation.batch_size
@@ -233,17 +258,3 @@ class LaneDataConfig(ray.train.DataConfig):
             }
             for rank in range(world_size)
         ]
-
-
-def read_rows(rows: dict[str, np.ndarray], reading: Reading) -> dict[str, np.ndarray]:
-    """A reading task: the columns of `Batch`, and `slot`, each sample's row in the window."""
-    names = ("shard", "begin", "end", "first", "count")
-    parts = [
-        Part(str(shard), *map(int, numbers), tuple(map(int, members)))
-        for shard, *numbers, members in zip(*(rows[n] for n in names), rows["members"], strict=True)
-    ]
-    batch = read_parts(reading, parts)
-    return {
-        **{name: getattr(batch, name) for name in COLUMNS},
-        "slot": np.concatenate([np.asarray(slots) for slots in rows["slots"]]),
-    }

@@ -39,9 +39,15 @@ from cat_ray.data.read import (
     fetch,
     part_of,
     read_parts,
-    reading_of,
 )
-from cat_ray.data.stream import CPUS_PER_READ, Due, RankStream, stream_of, window_images
+from cat_ray.data.stream import (
+    CPUS_PER_READ,
+    Due,
+    RankStream,
+    reading_of,
+    stream_of,
+    window_images,
+)
 from cat_ray.data.tar import RawSample, samples
 from cat_ray.storage import Location, locate
 
@@ -72,13 +78,13 @@ class DataSpeed:
         return statistics.median(self.paths[OURS]) / statistics.median(self.paths[path])
 
 
-def bench_data(config: Config, images: int, workers: int, repetitions: int) -> DataSpeed:
+def bench_data(config: Config, images: int, cpus: int, repetitions: int) -> DataSpeed:
     """Measures a job's shards; the repetitions of what is compared take turns.
 
     Args:
         config: the job, for its shards and what the model takes.
         images: how many to read each time.
-        workers: processes that read and decode.
+        cpus: cores to use; each has as many processes as Ray gives reading tasks to it.
         repetitions: of each measurement.
 
     Raises:
@@ -90,6 +96,7 @@ def bench_data(config: Config, images: int, workers: int, repetitions: int) -> D
     reading = reading_of(config, index, folder)
     check_fits(index, reading.resolution, reading.channels, reading.num_classes)
     check_shards(index, folder)
+    workers = int(cpus / CPUS_PER_READ)
     parts = _parts(config, index, read_extents(folder, index))
     ways: dict[str, Callable[[], float]] = {
         PEER: partial(_peer, reading, index, images, workers),
@@ -102,7 +109,7 @@ def bench_data(config: Config, images: int, workers: int, repetitions: int) -> D
             processes = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
             around.enter_context(processes)
             ways = {BARE: partial(_bare, processes, workers, reading, parts, images), **ways}
-        around.enter_context(connected(0, {}, exactly=workers * CPUS_PER_READ))
+        around.enter_context(connected(0, {}, exactly=cpus))
         for _ in range(repetitions):
             for name, rate in _steps(reading, parts):
                 steps.setdefault(name, []).append(rate)
@@ -296,10 +303,8 @@ def bench_tables(speed: DataSpeed) -> Iterator[Table]:
     for name, rates in speed.steps.items():
         steps.add_row(name, *_row(rates))
     yield steps
-    plural = "s" if speed.workers > 1 else ""
-    paths = Table(
-        "path", "images/s", "least", "most", "cat-ray is", title=f"{speed.workers} worker{plural}"
-    )
+    title = f"{speed.workers} processes"
+    paths = Table("path", "images/s", "least", "most", "cat-ray is", title=title)
     for name, rates in speed.paths.items():
         paths.add_row(name, *_row(rates), f"{speed.ratio(name):.2f} x" if name != OURS else "")
     yield paths

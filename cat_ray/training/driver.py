@@ -19,13 +19,13 @@ from cat_ray.config import Config, dump
 from cat_ray.connection import connected
 from cat_ray.data.index import INDEX_NAME, Index, check_fits, check_shards, read_index
 from cat_ray.data.prepare import digits, prepare
-from cat_ray.data.read import reading_of
 from cat_ray.data.stream import (
     CPUS_PER_READ,
     DATASET_NAME,
     Due,
     LaneDataConfig,
     keep_helpers_here,
+    reading_of,
     stream_of,
     window_images,
 )

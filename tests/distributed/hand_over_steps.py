@@ -10,8 +10,7 @@ from torch import distributed
 from cat_ray.config import parse
 from cat_ray.data.index import Index, Shard
 from cat_ray.data.order import Stream
-from cat_ray.data.read import reading_of
-from cat_ray.data.stream import Due
+from cat_ray.data.stream import Due, reading_of
 from cat_ray.storage import locate
 from cat_ray.training import saver as saver_module
 from cat_ray.training.agreement import Agreement
