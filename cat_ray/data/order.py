@@ -147,3 +147,13 @@ def lane_pieces(stream: Stream, lane: int, start: int, stop: int) -> Iterator[Pi
 def pieces(stream: Stream, lanes: range, start: int, stop: int) -> list[Piece]:
     """What several lanes still have to read, lane after lane."""
     return [piece for lane in lanes for piece in lane_pieces(stream, lane, start, stop)]
+
+
+def mixing(stream: Stream, batches: int) -> tuple[float, float]:
+    """How many blocks, and how many shards, a batch draws on: means over the first batches."""
+    blocks_of, shards_of = [], []
+    for start in range(0, batches * stream.batch_size, stream.batch_size):
+        found = pieces(stream, range(stream.lanes), start, start + stream.batch_size)
+        blocks_of.append(len({(p.shard, p.members[0] // stream.block_images) for p in found}))
+        shards_of.append(len({p.shard for p in found}))
+    return float(np.mean(blocks_of)), float(np.mean(shards_of))

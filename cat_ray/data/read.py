@@ -13,7 +13,7 @@ from cat_ray.data.cache import Cache
 from cat_ray.data.decode import BrokenSample, decode_sample
 from cat_ray.data.index import Extents, Index, Shard
 from cat_ray.data.packs import LATENTS, unpack
-from cat_ray.data.tar import RawSample, samples
+from cat_ray.data.tar import RawSample, read_samples, samples
 from cat_ray.errors import BadInput
 from cat_ray.storage import Location, patiently
 
@@ -268,4 +268,4 @@ def read_images(reading: Reading, index: Index, limit: int) -> tuple[np.ndarray,
 
 def _all_samples(folder: Location, index: Index) -> Iterator[RawSample]:
     for shard in index.shards:
-        yield from read_shard(folder, shard)
+        yield from read_samples(folder / shard.name)

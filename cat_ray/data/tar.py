@@ -1,7 +1,7 @@
 """The tar files that shards are: members, and the samples that they make up."""
 
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from cat_ray.errors import BadInput
@@ -70,20 +70,43 @@ def scan(place: Location, begin: int, end: int) -> Iterator[Member]:
     Raises:
         BadInput: it is not a tar file, or ends in the middle of one, or the storage fails.
     """
-    window_bytes = BLOCK_BYTES if place.local_path else SCAN_BYTES
-    window, window_at = b"", 0
-
-    def read(first: int, last: int) -> bytes:
-        nonlocal window, window_at
-        if not window_at <= first <= last <= window_at + len(window):
-            window_at = first
-            window = place.read_range(
-                begin + first, min(begin + max(last, first + window_bytes), end)
-            )
-        return window[first - window_at : last - window_at]
-
-    for member in _walk(read, end - begin, place.name, whole=True):
+    window = _Window(place, begin, end, BLOCK_BYTES if place.local_path else SCAN_BYTES)
+    for member in _walk(window.read, end - begin, place.name, whole=True):
         yield Member(member.name, begin + member.header, begin + member.start, member.size)
+
+
+class _Window:
+    """Some of a file's bytes from one place to another; they are read on as they are asked for.
+
+    `seen` gets every byte once, in order, if what is asked for goes forward without leaving out
+    more than a window.
+    """
+
+    def __init__(
+        self,
+        place: Location,
+        begin: int,
+        end: int,
+        window_bytes: int,
+        seen: Callable[[bytes], None] = lambda content: None,
+    ):
+        self._place, self._begin, self._end = place, begin, end
+        self._window_bytes, self._seen = window_bytes, seen
+        self._at, self._held = 0, b""
+
+    def read(self, first: int, last: int) -> bytes:
+        """From one place to another, counted from where the window's part of the file begins."""
+        known = self._at + len(self._held)
+        if not self._at <= first <= last <= known:
+            beyond = min(max(last, first + self._window_bytes), self._end - self._begin)
+            goes_on = self._at <= first <= known + self._window_bytes
+            kept = self._held[first - self._at :] if goes_on else b""
+            begin = known if goes_on else first
+            self._at = begin - len(kept)
+            content = self._place.read_range(self._begin + begin, self._begin + beyond)
+            self._seen(content)
+            self._held = kept + content
+        return self._held[first - self._at : last - self._at]
 
 
 def _walk(
@@ -190,14 +213,43 @@ def samples(content: bytes, name: str, whole: bool = True) -> Iterator[RawSample
 
     The arguments and errors are those of `members`.
     """
+    found = members(content, name, whole)
+    yield from _samples_of(found, lambda begin, end: content[begin:end])
+
+
+def read_samples(
+    place: Location, seen: Callable[[bytes], None] = lambda content: None
+) -> Iterator[RawSample]:
+    """The samples of a whole shard, of which no more than some megabytes are held at a time.
+
+    Args:
+        place: of the shard.
+        seen: gets all of the file's bytes in order, for a hash.
+
+    Raises:
+        BadInput: it is not a whole tar file, or the storage fails.
+    """
+    size = place.size() or 0
+    window = _Window(place, 0, size, SCAN_BYTES, seen)
+    end = 0
+    for sample in _samples_of(_walk(window.read, size, place.name, whole=True), window.read):
+        yield sample
+        end = sample.end
+    # The zeros at the end, and what may lie behind them.
+    for begin in range(end, size, SCAN_BYTES):
+        window.read(begin, min(begin + SCAN_BYTES, size))
+
+
+def _samples_of(found: Iterable[Member], read: Callable[[int, int], bytes]) -> Iterator[RawSample]:
+    """Neighbouring members that share the name up to a dot, with their contents."""
     key, held, begin, end = None, {}, 0, 0
-    for member in members(content, name, whole):
+    for member in found:
         own_key, ending = split_name(member.name)
         if own_key != key:
             if key is not None:
                 yield RawSample(key, held, begin, member.header)
             key, held, begin = own_key, {}, member.header
-        held[ending] = content[member.start : member.start + member.size]
+        held[ending] = read(member.start, member.start + member.size)
         end = member.start + padded(member.size)
     if key is not None:
         yield RawSample(key, held, begin, end)

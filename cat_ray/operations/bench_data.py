@@ -29,7 +29,7 @@ from cat_ray.connection import connected
 from cat_ray.data.crop import center_crop
 from cat_ray.data.decode import IMAGE_ENDINGS, encoded_image
 from cat_ray.data.index import Extents, Index, check_fits, check_shards, read_extents, read_index
-from cat_ray.data.order import blocks
+from cat_ray.data.order import blocks, mixing
 from cat_ray.data.packs import unpack
 from cat_ray.data.read import (
     Batch,
@@ -54,6 +54,7 @@ from cat_ray.storage import Location, locate
 OURS, BARE, PEER = "cat-ray (Ray Data)", "bare decode", "webdataset + DataLoader"
 ALONE_IMAGES = 512
 PEER_BATCH = 64
+MIXED_BATCHES = 16
 # So great a part of the images as is measured comes before, unmeasured.
 WARM_UP = 2
 STREAM_BUFFER_BYTES = 2**22
@@ -67,11 +68,17 @@ class DataSpeed:
         workers: processes that read and decode.
         steps: each step alone, in one process.
         paths: the whole way, with so many workers.
+        batch_size: images in a batch.
+        blocks: that a batch draws on, on average.
+        shards: that a batch draws on, on average.
     """
 
     workers: int
     steps: Mapping[str, Sequence[float]]
     paths: Mapping[str, Sequence[float]]
+    batch_size: int
+    blocks: float
+    shards: float
 
     def ratio(self, path: str) -> float:
         """Our median over that of another path."""
@@ -115,7 +122,8 @@ def bench_data(config: Config, images: int, cpus: int, repetitions: int) -> Data
                 steps.setdefault(name, []).append(rate)
             for name, measure in ways.items():
                 paths.setdefault(name, []).append(measure())
-    return DataSpeed(workers, steps, paths)
+    stream = stream_of(config, index)
+    return DataSpeed(workers, steps, paths, stream.batch_size, *mixing(stream, MIXED_BATCHES))
 
 
 def _parts(config: Config, index: Index, extents: Extents) -> list[Part]:
@@ -303,8 +311,12 @@ def bench_tables(speed: DataSpeed) -> Iterator[Table]:
     for name, rates in speed.steps.items():
         steps.add_row(name, *_row(rates))
     yield steps
+    caption = (
+        f"a batch of {speed.batch_size} draws on {speed.blocks:,.0f} blocks of neighbours, "
+        f"of {speed.shards:,.0f} shards"
+    )
     title = f"{speed.workers} processes"
-    paths = Table("path", "images/s", "least", "most", "cat-ray is", title=title)
+    paths = Table("path", "images/s", "least", "most", "cat-ray is", title=title, caption=caption)
     for name, rates in speed.paths.items():
         paths.add_row(name, *_row(rates), f"{speed.ratio(name):.2f} x" if name != OURS else "")
     yield paths

@@ -19,6 +19,7 @@ from cat_ray.data.order import (
     lane_images,
     lane_pieces,
     member_order,
+    mixing,
     pieces,
 )
 from cat_ray.data.read import Batch, Reading
@@ -371,3 +372,12 @@ def test_smaller_blocks_leave_fewer_neighbours_together():
     # A block that is read as a whole fills a batch with its samples, and only with them.
     assert together(8) == 8
     assert together(2) < 8
+
+
+def test_how_well_a_batch_is_mixed_is_counted() -> None:
+    # One lane takes a batch from one block of four; four lanes each have a block of their own.
+    alone = Stream(seed=0, counts=(8, 8), block_images=4, batch_size=4, lanes=1)
+    assert mixing(alone, 4) == (1.0, 1.0)
+    assert mixing(replace(alone, lanes=4), 2)[0] == 4.0
+    # One by one: as many blocks as images.
+    assert mixing(replace(alone, block_images=1), 4)[0] == 4.0

@@ -18,6 +18,7 @@ from cat_ray.data.tar import (
     RawSample,
     members,
     padded,
+    read_samples,
     sample_extents,
     samples,
     scan,
@@ -286,6 +287,30 @@ def test_a_scan_of_a_tar_within_a_file_counts_from_the_files_beginning(
                 (m.name, m.start, m.size) for m in whole(of)
             ]
             assert [m.header - begin for m in found] == [m.header for m in whole(of)]
+
+
+@some
+@given(
+    files,
+    st.sampled_from(["gnu", "pax"]),
+    st.sampled_from([512, 700, 1024, 5000, 2**23]),
+    st.binary(max_size=1500),
+)
+def test_a_shard_read_piece_by_piece_has_the_samples_and_bytes_that_lie_in_memory(
+    tmp_path, of, kind, window_bytes, behind
+):
+    content = tar(of, kind, 0) + behind
+    folder = tmp_path / os.urandom(8).hex()
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cat_ray.data.tar.SCAN_BYTES", window_bytes)
+        for place in places(folder, content):
+            seen: list[bytes] = []
+            assert list(read_samples(place, seen.append)) == list(samples(content, "shard"))
+            assert b"".join(seen) == content
+            # Each piece was let go of before the next.
+            longest = max((len(held) for _, held in of), default=0)
+            assert max(map(len, seen)) <= window_bytes + longest + 4 * BLOCK
 
 
 @some
