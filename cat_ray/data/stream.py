@@ -164,6 +164,8 @@ def _without_overhead(context: ray.data.DataContext) -> None:
     context.enable_progress_bars = False
     context.op_resource_reservation_enabled = False
     context.memory_usage_poll_interval_s = None
+    # Else what a task raised is text in an exception of Ray Data's.
+    context.raise_original_map_exception = True
 
 
 def _cut(window: Batch, steps: int) -> Iterator[Batch]:

@@ -29,6 +29,7 @@ def run_tasks(
         task, fn_kwargs=settings, num_cpus=cpus
     )
     dataset.context.enable_progress_bars = False
+    dataset.context.raise_original_map_exception = True
     try:
         yield from dataset.iter_rows()
     except ray.exceptions.RayError as error:

@@ -37,6 +37,8 @@ ANSWER_SECONDS = 5.0
 PROBE_SECONDS = 1.0
 PROBES = 32
 HEAD = "node:__internal_head__"
+# Ray Data's words for developers begin so; it puts them behind those of an exception.
+RAY_DATA_ADVICE = "\nFailed to apply UDF transform"
 
 # Ray Train doesn't hand this on: it goes into the environment of the whole job. Workers whose peer
 # has died can't end their process group in good order.
@@ -66,15 +68,17 @@ def told_to_user(error: BaseException) -> BaseException | None:
     gave_way: GaveWay | None = None
     while waiting:
         inner = waiting.pop()
-        if isinstance(inner, (BadInput, RunFailed, Unfinished)):
+        # Ray keeps the exception of a task in an attribute; around it is text for developers.
+        task_error = getattr(inner, "cause", None)
+        if inner is not None and isinstance(task_error, BaseException):
+            waiting.extend((inner.__cause__, task_error))
+        elif isinstance(inner, (BadInput, RunFailed, Unfinished)):
+            inner.args = (str(inner).split(RAY_DATA_ADVICE)[0],)
             return inner
-        if isinstance(inner, GaveWay):
+        elif isinstance(inner, GaveWay):
             gave_way = inner
         elif inner is not None:
-            # Ray keeps the exception of a task in an attribute of its own.
-            task_error = getattr(inner, "cause", None)
             waiting.append(inner.__cause__)
-            waiting.append(task_error if isinstance(task_error, BaseException) else None)
     return gave_way
 
 

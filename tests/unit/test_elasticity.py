@@ -127,6 +127,11 @@ def test_what_is_told_to_the_user_is_found_wherever_it_lies(wrap, error):
     assert told_to_user(wrap(error)) is error
 
 
+def test_what_ray_data_adds_for_developers_is_left_out():
+    error = BadInput("shard 3 doesn't exist\nFailed to apply UDF transform after 1/1 attempts.")
+    assert str(told_to_user(group_error(in_task(error)))) == "shard 3 doesn't exist"
+
+
 @pytest.mark.parametrize(
     "error",
     [
