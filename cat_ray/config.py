@@ -66,7 +66,7 @@ class Data(Section):
     source: Literal["mnist"] | None = None
     max_broken_samples: int = Field(default=100, ge=0)
     block_images: int | None = Field(default=None, gt=0)
-    window_megabytes: int = Field(default=256, gt=0)
+    window_megabytes: int = Field(default=128, gt=0)
     cache_folder: str | None = None
     cache_gigabytes: float = Field(default=100.0, gt=0)
 

@@ -1,6 +1,7 @@
 """Shards to samples, whole or block by block, wherever it runs: no Ray here."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -146,11 +147,13 @@ def read_parts(reading: Reading, parts: Sequence[Part], room: Batch | None = Non
     Raises:
         BadInput: a shard can't be read, or isn't as indexed, or none of a block's samples is good.
     """
-    coming = [_readers().submit(fetch, reading, part) for part in parts]
+    coming = deque(_readers().submit(fetch, reading, part) for part in parts[:PARALLEL_READS])
     batch = room or Batch.empty(reading, sum(len(part.members) for part in parts))
     row = 0
-    for part, content in zip(parts, coming, strict=True):
-        raw = list(samples(content.result(), part.shard, whole=False))
+    for place, part in enumerate(parts):
+        raw = list(samples(coming.popleft().result(), part.shard, whole=False))
+        for following in parts[place + PARALLEL_READS : place + PARALLEL_READS + 1]:
+            coming.append(_readers().submit(fetch, reading, following))
         decode_part(reading, part, raw, batch.rows(row, row + len(part.members)))
         row += len(part.members)
     return batch
