@@ -65,10 +65,13 @@ def prepare(
     """Write shards and their index; the same command again continues where it stopped."""
     with _speaking_plainly():
         from cat_ray.data.preparation import Preparation
+        from cat_ray.data.prepare import left_out
         from cat_ray.data.prepare import prepare as write_shards
 
         config = configuration.load(job, overrides or (), Preparation)
         typer.echo(f"{write_shards(config).describe()}: {config.output.folder}")
+        if count := left_out(config):
+            typer.echo(f"{count:,} were left out, for the reasons in broken.json there")
 
 
 @app.command()
@@ -80,7 +83,10 @@ def index(
             help="A folder of tar files, or their names, as in s3://b/train-{000000..000146}.tar.",
         ),
     ],
-    verify: Annotated[bool, typer.Option("--verify", help="Decode every image.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Decode every image, and look for names that come twice."),
+    ] = False,
     num_classes: Annotated[int | None, typer.Option(help="Class ids must be below this.")] = None,
     endpoint_url: Endpoint = None,
 ) -> None:
@@ -96,8 +102,13 @@ def index(
         if made is not None:
             typer.echo(f"{made.describe()}: {place.uri}")
         if problems:
-            what = "no index was written" if made is None else "they count as samples nevertheless"
-            raise BadInput(f"{len(problems)} problems in {place.uri}: {what}")
+            what = (
+                "no index was written"
+                if made is None
+                else "the index was written, and has these samples in it"
+            )
+            many = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+            raise BadInput(f"{many} in {place.uri}: {what}")
 
 
 @app.command()

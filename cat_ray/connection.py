@@ -29,7 +29,7 @@ def connected(
     import ray.data
 
     # What goes wrong there is raised as well.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     own = not ray.is_initialized()
     if own and "RAY_ADDRESS" in os.environ:
         ray.init(

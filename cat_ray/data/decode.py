@@ -42,6 +42,9 @@ def open_image(content: bytes, channels: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as image:
             pixels = image.convert(MODES[channels])
+    except UnidentifiedImageError as error:
+        # Pillow's words hold an address in memory.
+        raise BrokenSample("not a readable image (of no known format)") from error
     except UNREADABLE as error:
         raise BrokenSample(f"not a readable image ({error})") from error
     # Colour profiles and the like would be written again with the pixels.

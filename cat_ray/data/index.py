@@ -177,5 +177,6 @@ def check_fits(index: Index, resolution: int, channels: int, num_classes: int) -
     if used and used[-1] >= num_classes:
         raise BadInput(
             f"the shards hold class id {used[-1]}, outside data.num_classes {num_classes}: "
-            f"set it to at least {used[-1] + 1}"
+            f"set it to at least {used[-1] + 1}, or look for wrong ones with "
+            f"`cat-ray index --verify --num-classes {num_classes}`"
         )

@@ -38,6 +38,7 @@ class Look:
         extents: where each sample, or pack, begins, and where the last ends, in bytes.
         class_counts: samples of each class that occurs.
         shapes: width, height and channels that occur; of latents their side and channels.
+        first_of_class: the name of the first sample of each class that occurs.
         packs: samples in each pack but the last, where it holds latents.
         keys: names of samples, if they were asked for.
         problems: a line for each thing that is wrong.
@@ -46,6 +47,7 @@ class Look:
     shard: Shard | None
     extents: tuple[int, ...]
     class_counts: dict[int, int]
+    first_of_class: dict[int, str]
     shapes: tuple[tuple[int, int, int], ...]
     packs: tuple[int, ...]
     keys: tuple[str, ...]
@@ -75,7 +77,8 @@ def index_shards(
     if not names:
         raise BadInput(f"{folder.uri} holds no files that end in {TAR}")
     if missing := [name for name in names if name not in found]:
-        raise BadInput(f"{folder.uri} has no {missing[0]}, and {len(missing) - 1} more are missing")
+        others = f", nor {len(missing) - 1} others" if missing[1:] else ""
+        raise BadInput(f"{folder.uri} has no {missing[0]}{others}")
     rows = [{"name": name} for name in names]
     settings = {"folder": folder, "verify": verify, "retry_seconds": retry_seconds}
     looks: dict[str, Look] = {}
@@ -88,17 +91,24 @@ def index_shards(
     counts = Counter[int]()
     for look in found_out:
         counts.update(look.class_counts)
-    if num_classes is not None:
-        problems += [
-            f"{count} samples have class id {label}, outside {num_classes}"
-            for label, count in sorted(counts.items())
-            if not 0 <= label < num_classes
-        ]
-    if negative := [label for label in counts if label < 0]:
-        raise BadInput(f"{folder.uri} holds class id {negative[0]}: ids begin at 0")
-    twice = Counter(key for look in found_out for key in look.keys)
-    problems += [f"{count} samples are named {key}" for key, count in twice.items() if count > 1]
-    if any(look.shard is None for look in found_out) or not counts:
+    first = {label: key for look in found_out[::-1] for label, key in look.first_of_class.items()}
+    beyond = max(counts, default=0) + 1 if num_classes is None else num_classes
+    problems += [
+        f"class id {label} is not in 0 to {beyond - 1}: {first[label]}"
+        + (f" and {count - 1} more" if count > 1 else "")
+        for label, count in sorted(counts.items())
+        if not 0 <= label < beyond
+    ]
+    found_in: dict[str, list[str]] = {}
+    for name, look in zip(names, found_out, strict=True):
+        for key in look.keys:
+            found_in.setdefault(key, []).append(name)
+    problems += [
+        f"{len(shards)} samples are named {key}: in {', '.join(dict.fromkeys(shards))}"
+        for key, shards in found_in.items()
+        if len(shards) > 1
+    ]
+    if any(look.shard is None for look in found_out) or not counts or min(counts) < 0:
         return None, problems
     index = _index(folder, found_out, counts)
     extents = {look.shard.name: look.extents for look in found_out if look.shard is not None}
@@ -119,6 +129,7 @@ def _from_row(row: dict[str, Any]) -> Look:
             **look,
             "shard": Shard(**look["shard"]) if look["shard"] else None,
             "class_counts": {int(label): n for label, n in look["class_counts"].items()},
+            "first_of_class": {int(label): key for label, key in look["first_of_class"].items()},
             "shapes": tuple(map(tuple, look["shapes"])),
         }
     )
@@ -132,6 +143,7 @@ def look_at(place: Location, verify: bool) -> Look:
     """
     name, digest = place.name, hashlib.sha256()
     counts, shapes = Counter[int](), set[tuple[int, int, int]]()
+    first: dict[int, str] = {}
     extents: list[int] = []
     packs: list[int] = []
     keys: list[str] = []
@@ -146,6 +158,8 @@ def look_at(place: Location, verify: bool) -> Look:
                 shapes.add((pack.latents.shape[-1], pack.latents.shape[-2], CHANNELS))
                 packs.append(len(pack.classes))
                 counts.update(pack.classes.tolist())
+                for label, key in zip(pack.classes.tolist(), pack.keys, strict=True):
+                    first.setdefault(label, f"{name}: {key}")
                 images += len(pack.classes)
                 keys += pack.keys if verify else []
                 continue
@@ -153,18 +167,21 @@ def look_at(place: Location, verify: bool) -> Look:
             keys += [sample.key] if verify else []
             try:
                 shapes.add(_shape(sample, verify))
-                counts[class_of(sample.members)] += 1
+                label = class_of(sample.members)
+                counts[label] += 1
+                first.setdefault(label, f"{name}: {sample.key}")
             except BrokenSample as error:
                 problems.append(f"{name}: {sample.key}: {error}")
     except StorageDown:
         raise
     except BadInput as error:
-        return Look(None, (), {}, (), (), (), (str(error),))
+        return Look(None, (), {}, {}, (), (), (), (str(error),))
     shard = Shard(name, images, place.size() or 0, digest.hexdigest())
     return Look(
         shard,
         (*extents, end),
         dict(counts),
+        first,
         tuple(sorted(shapes)),
         tuple(packs),
         tuple(keys),

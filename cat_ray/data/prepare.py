@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -71,6 +71,12 @@ def prepare(job: Preparation) -> Index:
     return _finish(job, source, folder, plans, made_with)
 
 
+def left_out(job: Preparation) -> int:
+    """How many samples of a finished preparation couldn't be used."""
+    folder = locate(job.output.folder, job.storage.endpoint_url, job.storage.region)
+    return len(json.loads((folder / BROKEN_NAME).read()))
+
+
 def digits(folder: str, storage: Storage) -> Preparation:
     """The job that makes the quickstart's shards."""
     return Preparation(
@@ -102,16 +108,30 @@ def _claim(
     own = {"samples": listed, "classes": list(classes), **settings}
     place = folder / JOB_NAME
     if place.exists():
-        there = json.loads(place.read())
-        changed = [name for name in own if there.get(name) != own[name]]
-        if changed:
+        changed = list(_changes(json.loads(place.read()), own))
+        if not changed:
+            return
+        # Of a job that failed before it had written anything another may take the place.
+        if set(folder.sizes()) != {JOB_NAME} or folder.folders():
             raise BadInput(
-                f"{folder.uri} was begun with other {' and '.join(changed)}: restore them, or "
+                f"{folder.uri} was begun with another job ({'; '.join(changed)}): restore that, or "
                 "choose another output.folder"
             )
     elif folder.sizes() or folder.folders():
         raise BadInput(f"{folder.uri} isn't empty: choose another output.folder")
     place.write(json.dumps(own, indent=1).encode())
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """What differs between two jobs, key by key."""
+    for name in after:
+        old, new = before.get(name), after[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, f"{prefix}{name}.")
+        elif old != new:
+            # The samples are a hash, the classes may be a thousand.
+            short = prefix and f": {old} -> {new}"
+            yield f"{prefix}{name}{short}"
 
 
 def _write(

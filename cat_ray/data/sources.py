@@ -97,6 +97,8 @@ def guess_kind(place: Location) -> Kind:
         return "webdataset" if _is_webdataset(place / tars[0]) else "tars"
     if place.folders():
         return "folders"
+    if place.local_path is not None and not place.local_path.exists():
+        raise BadInput(f"{place.uri} doesn't exist")
     raise BadInput(
         f"{place.uri} holds no class folders, tar files or Parquet files: give the folder, or the "
         "tar file, in which the images are"
@@ -221,7 +223,9 @@ def _list_parquet(source: Source) -> tuple[list[Unit], tuple[str, ...]]:
     for name in names:
         where = place / name if name else place
         with where.opened() as file:
-            rows = pyarrow.parquet.ParquetFile(file).metadata
+            table = pyarrow.parquet.ParquetFile(file)
+            _check_columns(source, where, table)
+            rows = table.metadata
             counts = [rows.row_group(group).num_rows for group in range(rows.num_row_groups)]
         units += [Unit(name, group, group + 1, count) for group, count in enumerate(counts)]
     return units, ()
@@ -231,12 +235,6 @@ def _read_row_group(source: Source, place: Location, unit: Unit) -> list[Encoded
     columns = [source.image_column, source.label_column]
     with place.opened() as file:
         table = pyarrow.parquet.ParquetFile(file)
-        missing = set(columns) - set(table.schema_arrow.names)
-        if missing:
-            raise BadInput(
-                f"{place.uri} has no column {' or '.join(sorted(missing))}, it has "
-                f"{', '.join(table.schema_arrow.names)}: set source.image_column and .label_column"
-            )
         rows = table.read_row_group(unit.begin, columns=columns).to_pylist()
     stem = _key(unit.file or place.name)
     found = []
@@ -246,6 +244,15 @@ def _read_row_group(source: Source, place: Location, unit: Unit) -> list[Encoded
         key = f"{stem}-{unit.begin:05d}-{number:05d}"
         found.append(Encoded(key, -1 if label is None else int(label), content or b""))
     return found
+
+
+def _check_columns(source: Source, place: Location, table: pyarrow.parquet.ParquetFile) -> None:
+    names = table.schema_arrow.names
+    if missing := {source.image_column, source.label_column} - set(names):
+        raise BadInput(
+            f"{place.uri} has no column {' or '.join(sorted(missing))}, it has "
+            f"{', '.join(names)}: set source.image_column and .label_column"
+        )
 
 
 def blocks_of(extents: Sequence[int]) -> Iterator[tuple[int, int, int]]:

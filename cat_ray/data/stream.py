@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray.data
 import ray.train
 
@@ -24,7 +23,7 @@ from cat_ray.data.index import Extents, Index, read_extents
 from cat_ray.data.latents import IMAGE_CHANNELS, REDUCTION
 from cat_ray.data.order import Piece, Stream, lane_images, pieces
 from cat_ray.data.read import Batch, Reading, part_of
-from cat_ray.data.reading_task import COLUMNS, read_pieces
+from cat_ray.data.reading_task import COLUMNS, PIECES, packed, read_pieces
 from cat_ray.storage import Location
 from cat_ray.training.lanes import share
 
@@ -121,13 +120,10 @@ class RankStream:
         wanted = (stop - start) // due.stream.lanes * len(self.lanes)
         tasks = max(TASKS_PER_WINDOW, wanted * due.reading.sample_bytes() // BYTES_PER_READ)
         cuts = np.linspace(0, len(rows), min(len(rows), tasks) + 1).astype(int)
-        table = pa.Table.from_pylist(rows)
-        dataset = ray.data.from_arrow(
-            [table.slice(begin, end - begin) for begin, end in pairwise(cuts)]
-        ).map_batches(
+        items = [{PIECES: packed(rows[begin:end])} for begin, end in pairwise(cuts)]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             read_pieces,
             batch_size=None,
-            batch_format="pyarrow",
             fn_kwargs={"reading": due.reading},
             num_cpus=CPUS_PER_READ,
             **elsewhere(due.gone_nodes),

@@ -275,7 +275,8 @@ def test_what_is_wrong_with_shards_is_listed(foreign: Path) -> None:
     found = run("index", foreign, "--verify", "--num-classes", "2")
     assert found.returncode == 2
     assert "train-000000.tar: 0-0000: not a readable image" in found.stdout
-    assert "6 samples have class id 2, outside 2" in found.stdout
+    # The first of them can't be decoded, but has a class.
+    assert "class id 2 is not in 0 to 1: train-000000.tar: 0-0002 and 5 more" in found.stdout
     assert (foreign / INDEX_NAME).exists()
 
     (foreign / INDEX_NAME).unlink()

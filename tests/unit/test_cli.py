@@ -420,7 +420,7 @@ def test_prepare_refuses_a_folder_that_holds_something_else(preparation, tmp_pat
 def test_prepare_refuses_another_job_in_a_folder(preparation, tmp_path):
     succeed("prepare", preparation)
     line = refuse("prepare", preparation, "--set", "output.seed=1")
-    assert f"{tmp_path}/shards was begun with other output" in line
+    assert f"{tmp_path}/shards was begun with another job (output.seed: 0 -> 1)" in line
 
 
 def test_prepare_refuses_an_unknown_key_and_names_the_nearest(preparation):

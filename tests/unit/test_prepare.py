@@ -220,10 +220,10 @@ def test_the_same_job_again_does_nothing(few_digits, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"shard_images": 3}, "output"),
-        ({"seed": 1}, "output"),
-        ({"resolution": 2}, "output"),
-        ({"encoding": "jpeg"}, "output"),
+        ({"shard_images": 3}, "output.shard_images: 500 -> 3"),
+        ({"seed": 1}, "output.seed: 0 -> 1"),
+        ({"resolution": 2}, "output.resolution: 4 -> 2"),
+        ({"encoding": "jpeg"}, "output.encoding: png -> jpeg"),
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
@@ -235,10 +235,20 @@ def test_another_job_in_a_folder_is_refused_and_the_folder_left_alone(
     if not finished:
         (folder / INDEX_NAME).delete()
     before = content(folder)
-    words = re.escape(f"{folder.uri} was begun with other {told}")
+    words = re.escape(f"{folder.uri} was begun with another job ({told}): ")
     with pytest.raises(BadInput, match=words + ".*choose another output.folder"):
         prepare(job(folder, **changes))
     assert content(folder) == before
+
+
+def test_a_job_that_failed_before_it_wrote_anything_gives_way(few_digits, tmp_path, monkeypatch):
+    folder, module = locate(str(tmp_path)), "cat_ray.data.prepare"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{module}.write_shard_file", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(job(folder))
+    assert list(content(folder))
+    assert prepare(job(folder, seed=7)).images == 20
 
 
 def test_a_source_that_changed_is_refused(few_digits, tmp_path, monkeypatch):
@@ -246,7 +256,7 @@ def test_a_source_that_changed_is_refused(few_digits, tmp_path, monkeypatch):
     prepare(job(folder))
     put_in_place_of_the_digits(monkeypatch, (few_digits[0][:19], few_digits[1][:19]))
     before = content(folder)
-    with pytest.raises(BadInput, match="was begun with other samples"):
+    with pytest.raises(BadInput, match=re.escape("was begun with another job (samples)")):
         prepare(job(folder))
     assert content(folder) == before
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,7 +27,7 @@ from cat_ray.data.read import (
     read_parts,
     read_shard,
 )
-from cat_ray.data.reading_task import read_pieces
+from cat_ray.data.reading_task import PIECES, packed, read_pieces
 from cat_ray.data.shard_file import Entry, Written, write_shard_file
 from cat_ray.data.stream import Due, RankStream, reading_of
 from cat_ray.data.tar import sample_extents
@@ -157,7 +156,7 @@ def test_each_sample_is_put_where_its_lane_and_step_want_it(tmp_path, data):
     rank, start = RankStream(due, own), data.draw(st.integers(0, 3)) * stream.batch_size
     planned = pieces(stream, own, start, due.stop)
     rows = [rank._row(piece, start) for piece in planned]
-    found = read_pieces(pa.Table.from_pylist(rows), due.reading)
+    found = read_pieces({PIECES: np.array([packed(rows)], object)}, due.reading)
     steps = (due.stop - start) // stream.batch_size
     assert sorted(found["slot"].tolist()) == list(range(steps * len(own) * lane_size))
     window = np.empty(len(found["slot"]), object)
