@@ -6,9 +6,8 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 
+from cat_ray.data.reading_task import CPUS_PER_READ
 from cat_ray.storage import ENVIRONMENT
-
-PROCESSES_PER_CPU = 2
 
 
 @contextlib.contextmanager
@@ -48,7 +47,7 @@ def connected(
             logging_level=logging.WARNING,
             # Ray ends what is idle for a second beyond one process for each CPU. Reading tasks take
             # less than a CPU each, and starting one anew takes longer than a task.
-            _system_config={"num_workers_soft_limit": PROCESSES_PER_CPU * cpus + 1},
+            _system_config={"num_workers_soft_limit": math.ceil(cpus / CPUS_PER_READ) + 1},
         )
     try:
         yield

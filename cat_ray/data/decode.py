@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
@@ -16,7 +17,6 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 LABEL_ENDING, JSON_ENDING = "cls", "json"
 LABEL_KEYS = ("label", "cls", "class", "class_id")
 UNREADABLE = (
-    UnidentifiedImageError,
     Image.DecompressionBombError,
     OSError,
     SyntaxError,
@@ -31,6 +31,23 @@ class BrokenSample(Exception):
     """A sample that can't be decoded; the message says which and why."""
 
 
+@contextmanager
+def opened_image(content: bytes) -> Iterator[Image.Image]:
+    """An encoded image as Pillow opens it; only its header is read until more is asked for.
+
+    Raises:
+        BrokenSample: it isn't a readable image, or what is done with it shows so.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        # Pillow's words hold an address in memory.
+        raise BrokenSample("not a readable image (of no known format)") from error
+    except UNREADABLE as error:
+        raise BrokenSample(f"not a readable image ({error})") from error
+
+
 def open_image(content: bytes, channels: int) -> Image.Image:
     """A whole encoded image in grey (1 channel) or RGB (3).
 
@@ -39,14 +56,8 @@ def open_image(content: bytes, channels: int) -> Image.Image:
     Raises:
         BrokenSample: it isn't a readable image.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            pixels = image.convert(MODES[channels])
-    except UnidentifiedImageError as error:
-        # Pillow's words hold an address in memory.
-        raise BrokenSample("not a readable image (of no known format)") from error
-    except UNREADABLE as error:
-        raise BrokenSample(f"not a readable image ({error})") from error
+    with opened_image(content) as image:
+        pixels = image.convert(MODES[channels])
     # Colour profiles and the like would be written again with the pixels.
     pixels.info.clear()
     return pixels

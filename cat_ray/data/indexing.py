@@ -1,19 +1,16 @@
 """`cat-ray index`: looks at shards that others made, and writes the index that they lack."""
 
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 from braceexpand import braceexpand
-from PIL import Image
 
 from cat_ray.connection import connected
-from cat_ray.data.decode import BrokenSample, class_of, encoded_image, open_image
+from cat_ray.data.decode import BrokenSample, class_of, encoded_image, open_image, opened_image
 from cat_ray.data.index import Index, Shard, write_index
 from cat_ray.data.latents import CHANNELS
 from cat_ray.data.packs import LATENTS, unpack
@@ -22,7 +19,7 @@ from cat_ray.data.tar import RawSample, read_samples
 from cat_ray.data.tasks import run_tasks
 from cat_ray.errors import BadInput
 from cat_ray.operations.counting import Counting
-from cat_ray.storage import Location, StorageDown, patiently
+from cat_ray.storage import Location, StorageDown
 
 # Of Stable Diffusion's first VAEs, which is what latents come from that say nothing else.
 SD_SCALING_FACTOR = 0.18215
@@ -79,7 +76,7 @@ def index_shards(
     if missing := [name for name in names if name not in found]:
         others = f", nor {len(missing) - 1} others" if missing[1:] else ""
         raise BadInput(f"{folder.uri} has no {missing[0]}{others}")
-    rows = [{"name": name} for name in names]
+    rows = [{"name": name, "bytes": found[name]} for name in names]
     settings = {"folder": folder, "verify": verify, "retry_seconds": retry_seconds}
     looks: dict[str, Look] = {}
     with connected(1, {}), Counting("shards", len(names)) as counting:
@@ -118,7 +115,7 @@ def index_shards(
 def _task(
     row: dict[str, Any], folder: Location, verify: bool, retry_seconds: float
 ) -> dict[str, Any]:
-    look = patiently(partial(look_at, folder / row["name"], verify), retry_seconds)
+    look = look_at(folder / row["name"], row["bytes"], verify, retry_seconds)
     return {"name": row["name"], "look": json.dumps(asdict(look))}
 
 
@@ -135,11 +132,11 @@ def _from_row(row: dict[str, Any]) -> Look:
     )
 
 
-def look_at(place: Location, verify: bool) -> Look:
+def look_at(place: Location, size: int, verify: bool, retry_seconds: float) -> Look:
     """What a shard holds; with `verify` every image is decoded, and samples' names are kept.
 
     Raises:
-        StorageDown: the storage doesn't answer.
+        StorageDown: the storage doesn't answer for so long.
     """
     name, digest = place.name, hashlib.sha256()
     counts, shapes = Counter[int](), set[tuple[int, int, int]]()
@@ -150,7 +147,7 @@ def look_at(place: Location, verify: bool) -> Look:
     problems: list[str] = []
     images = end = 0
     try:
-        for sample in read_samples(place, digest.update):
+        for sample in read_samples(place, size, retry_seconds, digest.update):
             extents.append(sample.begin)
             end = sample.end
             if LATENTS in sample.members:
@@ -176,7 +173,7 @@ def look_at(place: Location, verify: bool) -> Look:
         raise
     except BadInput as error:
         return Look(None, (), {}, {}, (), (), (), (str(error),))
-    shard = Shard(name, images, place.size() or 0, digest.hexdigest())
+    shard = Shard(name, images, size, digest.hexdigest())
     return Look(
         shard,
         (*extents, end),
@@ -194,11 +191,8 @@ def _shape(sample: RawSample, verify: bool) -> tuple[int, int, int]:
     content = encoded_image(sample.members)
     if verify:
         open_image(content, 3)
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return *image.size, 1 if image.mode in GREY_MODES else 3
-    except OSError as error:
-        raise BrokenSample(f"not a readable image ({error})") from error
+    with opened_image(content) as image:
+        return *image.size, 1 if image.mode in GREY_MODES else 3
 
 
 def _index(folder: Location, looks: Sequence[Look], counts: Counter[int]) -> Index:

@@ -1,7 +1,6 @@
 """Shards to samples, whole or block by block, wherever it runs: no Ray here."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from cat_ray.data.ahead import in_order
 from cat_ray.data.cache import Cache
 from cat_ray.data.decode import BrokenSample, decode_sample
 from cat_ray.data.index import Extents, Index, Shard
@@ -147,13 +147,11 @@ def read_parts(reading: Reading, parts: Sequence[Part], room: Batch | None = Non
     Raises:
         BadInput: a shard can't be read, or isn't as indexed, or none of a block's samples is good.
     """
-    coming = deque(_readers().submit(fetch, reading, part) for part in parts[:PARALLEL_READS])
     batch = room or Batch.empty(reading, sum(len(part.members) for part in parts))
     row = 0
-    for place, part in enumerate(parts):
-        raw = list(samples(coming.popleft().result(), part.shard, whole=False))
-        for following in parts[place + PARALLEL_READS : place + PARALLEL_READS + 1]:
-            coming.append(_readers().submit(fetch, reading, following))
+    contents = in_order(_readers(), partial(fetch, reading), parts, PARALLEL_READS)
+    for part, content in zip(parts, contents, strict=True):
+        raw = list(samples(content, part.shard, whole=False))
         decode_part(reading, part, raw, batch.rows(row, row + len(part.members)))
         row += len(part.members)
     return batch
@@ -271,4 +269,4 @@ def read_images(reading: Reading, index: Index, limit: int) -> tuple[np.ndarray,
 
 def _all_samples(folder: Location, index: Index) -> Iterator[RawSample]:
     for shard in index.shards:
-        yield from read_samples(folder / shard.name)
+        yield from read_samples(folder / shard.name, shard.bytes)

@@ -11,9 +11,8 @@ import pyarrow as pa
 
 from cat_ray.data.read import Batch, Part, Reading, read_parts
 
+CPUS_PER_READ = 0.5
 COLUMNS = ("content", "labels", "keys", "broken")
-
-
 PIECES = "pieces"
 
 

@@ -3,13 +3,13 @@
 import io
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
 
 import numpy as np
 from PIL import Image
 
+from cat_ray.data.ahead import in_order
 from cat_ray.data.crop import center_crop
 from cat_ray.data.decode import BrokenSample, open_image
 from cat_ray.data.encoder import Encodings
@@ -39,22 +39,14 @@ def read_plan(source: Source, plan: ShardPlan, retry_seconds: float) -> Iterator
 
     with ThreadPoolExecutor(PARALLEL_READS) as readers:
         takes = (take for group in plan.groups for take in group)
-        coming: deque[Future] = deque(
-            readers.submit(read, take) for take in islice(takes, READ_AHEAD)
-        )
-
-        def following() -> list[Encoded]:
-            samples = coming.popleft().result()
-            coming.extend(readers.submit(read, take) for take in islice(takes, 1))
-            return samples
-
+        coming = in_order(readers, read, takes, READ_AHEAD)
         for number, group in enumerate(plan.groups):
             order = plan.order(number)
             if order == list(range(len(order))):
                 for _ in group:
-                    yield from following()
+                    yield from next(coming)
             else:
-                samples = [sample for _ in group for sample in following()]
+                samples = [sample for _ in group for sample in next(coming)]
                 yield from (samples[place] for place in order)
 
 

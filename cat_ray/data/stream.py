@@ -23,12 +23,11 @@ from cat_ray.data.index import Extents, Index, read_extents
 from cat_ray.data.latents import IMAGE_CHANNELS, REDUCTION
 from cat_ray.data.order import Piece, Stream, lane_images, pieces
 from cat_ray.data.read import Batch, Reading, part_of
-from cat_ray.data.reading_task import COLUMNS, PIECES, packed, read_pieces
+from cat_ray.data.reading_task import COLUMNS, CPUS_PER_READ, PIECES, packed, read_pieces
 from cat_ray.storage import Location
 from cat_ray.training.lanes import share
 
 DATASET_NAME = "train"
-CPUS_PER_READ = 0.5
 NODE_ID = "ray.io/node-id"
 FIRST_WINDOW_BATCHES = 4
 WINDOWS_AHEAD, TASKS_PER_WINDOW = 2, 4

@@ -306,7 +306,9 @@ def test_a_shard_read_piece_by_piece_has_the_samples_and_bytes_that_lie_in_memor
         patch.setattr("cat_ray.data.tar.SCAN_BYTES", window_bytes)
         for place in places(folder, content):
             seen: list[bytes] = []
-            assert list(read_samples(place, seen.append)) == list(samples(content, "shard"))
+            assert list(read_samples(place, len(content), seen=seen.append)) == list(
+                samples(content, "shard")
+            )
             assert b"".join(seen) == content
             # Each piece was let go of before the next.
             longest = max((len(held) for _, held in of), default=0)
