@@ -115,9 +115,7 @@ class Location:
 
     def files_below(self) -> dict[str, int]:
         """Path from here and bytes of each file below, at any depth."""
-        selector = fs.FileSelector(self.path, allow_not_found=True, recursive=True)
-        with self._explained():
-            found = self.filesystem.get_file_info(selector)
+        found = self._listed(recursive=True)
         start = len(self.path.rstrip("/")) + 1
         return {info.path[start:]: info.size for info in found if info.type == fs.FileType.File}
 
@@ -157,17 +155,13 @@ class Location:
             # There, in Arrow's eyes, names with a slash make no folder.
             names = {name.split("/")[0] for name in self.files_below() if "/" in name}
             return [self / name for name in sorted(names)]
-        selector = fs.FileSelector(self.path, allow_not_found=True)
-        with self._explained():
-            found = self.filesystem.get_file_info(selector)
+        found = self._listed()
         folders = [info.base_name for info in found if info.type == fs.FileType.Directory]
         return [self / name for name in sorted(folders)]
 
     def sizes(self) -> dict[str, int]:
         """Name and bytes of each file directly below, in one listing."""
-        selector = fs.FileSelector(self.path, allow_not_found=True)
-        with self._explained():
-            found = self.filesystem.get_file_info(selector)
+        found = self._listed()
         return {info.base_name: info.size for info in found if info.type == fs.FileType.File}
 
     def delete(self) -> None:
@@ -184,6 +178,15 @@ class Location:
         with self._explained():
             if self.filesystem.get_file_info(self.path).type == fs.FileType.Directory:
                 self.filesystem.delete_dir(self.path)
+
+    def _listed(self, recursive: bool = False) -> list[fs.FileInfo]:
+        selector = fs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
+        with self._explained():
+            try:
+                return self.filesystem.get_file_info(selector)
+            except FileNotFoundError:
+                # It came into being while Arrow looked: now it is there.
+                return self.filesystem.get_file_info(selector)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

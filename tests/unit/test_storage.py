@@ -109,6 +109,16 @@ def test_nothing_is_found_where_there_is_nothing(place):
     assert (absent.folders(), absent.sizes()) == ([], {})
 
 
+def test_a_folder_may_come_into_being_while_it_is_looked_at(place, tmp_path):
+    coming = [tmp_path / str(number) for number in range(3000)]
+    maker = threading.Thread(target=lambda: [folder.mkdir() for folder in coming])
+    maker.start()
+    for folder in coming:
+        while not folder.exists():
+            assert (place / folder.name).sizes() == {}
+    maker.join()
+
+
 def test_a_folder_is_no_file(place):
     (place / "folder" / "file").write(b"x")
     assert not (place / "folder").exists()
