@@ -56,7 +56,7 @@ class Data(Section):
         block_images: neighbours in a shard that are read together, about a mebibyte if unset. A
             batch may hold several of a block: fewer shuffle better, more read faster.
         window_megabytes: while one window of the stream is trained on the next two are read; each
-            is held decoded in memory, this much of it over all workers.
+            is held decoded in memory, this much of it in each worker.
         cache_folder: where each machine keeps what it has read, for the next epochs.
         cache_gigabytes: how much of it.
     """

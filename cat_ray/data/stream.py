@@ -42,7 +42,7 @@ class Due:
         stream: the run's sample stream.
         start: images seen so far.
         stop: images at the end of the run.
-        window: images that are read at a time, over all workers; a multiple of the batch.
+        window_bytes: of the samples that a worker reads at a time.
         checkpoint: URI of the checkpoint that `start` comes from, None at the very start.
         worker_group: a name that no other worker group of the run has.
         began: unix time at which the start of the group began.
@@ -55,7 +55,7 @@ class Due:
     stream: Stream
     start: int
     stop: int
-    window: int
+    window_bytes: int
     checkpoint: str | None
     worker_group: str
     began: float
@@ -81,7 +81,7 @@ class RankStream:
         Raises:
             BadInput: when iterated; a shard can't be read, or storage fails.
         """
-        windows = list(windows_of(self.due))
+        windows = list(windows_of(self.due, self.lanes))
         readers = ThreadPoolExecutor(max_workers=WINDOWS_AHEAD, thread_name_prefix="windows")
         # The one that is trained on, and those that are read meanwhile.
         spare: list[Batch | None] = [None] * (WINDOWS_AHEAD + 1)
@@ -175,14 +175,17 @@ def elsewhere(nodes: Sequence[str]) -> dict[str, dict[str, str]]:
     return {"label_selector": {NODE_ID: f"!in({','.join(nodes)})"}} if nodes else {}
 
 
-def windows_of(due: Due) -> Iterator[tuple[int, int]]:
-    """What is due, a window at a time: from where to where in the stream, in images.
+def windows_of(due: Due, lanes: range) -> Iterator[tuple[int, int]]:
+    """What is due, a worker's window at a time: from where to where in the stream, in images.
 
-    The first windows are small, so that the first step needn't wait for a whole one.
+    A window is whole batches, at least one, of as many samples of these lanes as are to be read at
+    a time. The first windows are small, so that the first step needn't wait for a whole one.
     """
+    step_bytes = len(lanes) * due.stream.lane_size * due.reading.sample_bytes()
+    largest = max(1, due.window_bytes // step_bytes) * due.stream.batch_size
     start, size = due.start, FIRST_WINDOW_BATCHES * due.stream.batch_size
     while start < due.stop:
-        stop = min(start + min(size, due.window), due.stop)
+        stop = min(start + min(size, largest), due.stop)
         yield start, stop
         start, size = stop, 2 * size
 
@@ -217,13 +220,6 @@ def reading_of(config: Config, index: Index, folder: Location) -> Reading:
         if data.cache_folder
         else None,
     )
-
-
-def window_images(config: Config, reading: Reading) -> int:
-    """How many images are read at a time, over all workers: a multiple of the batch."""
-    batch_size = config.optimisation.batch_size
-    batches = config.data.window_megabytes * 10**6 // reading.sample_bytes() // batch_size
-    return max(1, batches) * batch_size
 
 
 def keep_helpers_here() -> None:

@@ -46,7 +46,6 @@ from cat_ray.data.stream import (
     RankStream,
     reading_of,
     stream_of,
-    window_images,
 )
 from cat_ray.data.tar import RawSample, samples
 from cat_ray.storage import Location, locate
@@ -276,7 +275,7 @@ def _ours(config: Config, reading: Reading, index: Index, images: int) -> float:
         stream=stream,
         start=0,
         stop=2 * -(-images // stream.batch_size) * stream.batch_size,
-        window=window_images(config, reading),
+        window_bytes=config.data.window_megabytes * 10**6,
         checkpoint=None,
         worker_group="bench",
         began=time.time(),

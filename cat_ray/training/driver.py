@@ -27,7 +27,6 @@ from cat_ray.data.stream import (
     keep_helpers_here,
     reading_of,
     stream_of,
-    window_images,
 )
 from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
 from cat_ray.operations.identity import claim
@@ -127,7 +126,7 @@ def _still_due(config: Config, run: Location, shards: Location, index: Index) ->
         stream=stream_of(config, index),
         start=read_state(checkpoint).images if checkpoint else 0,
         stop=config.run.total_images,
-        window=window_images(config, reading),
+        window_bytes=config.data.window_megabytes * 10**6,
         checkpoint=checkpoint.uri if checkpoint else None,
         worker_group=uuid.uuid4().hex[:6],
         began=GroupClock.began,

@@ -182,22 +182,23 @@ def test_cuts_and_resizes_change_no_batch_and_repeat_and_lose_no_image(data):
 def test_windows_of_any_size_change_no_batch(data):
     stream = data.draw(streams())
     start, stop = data.draw(places(stream))
-    window = stream.batch_size * data.draw(st.integers(1, 5))
     world_size = data.draw(st.integers(1, stream.lanes))
     lanes = share(stream.lanes, world_size, data.draw(st.integers(0, world_size - 1)))
+    reading = Reading(locate("nowhere"), "images", 1, 2, crop=False, num_classes=1)
+    step_bytes = len(lanes) * stream.lane_size * reading.sample_bytes()
     shards = tuple(Shard(f"{n}.tar", count, 1, "") for n, count in enumerate(stream.counts))
     due = Due(
         stream=stream,
         start=start,
         stop=stop,
-        window=window,
+        window_bytes=data.draw(st.integers(1, 6 * step_bytes)),
         checkpoint=None,
         worker_group="3f9a1c",
         began=0.0,
         noise_stream=0,
         gone_nodes=(),
         index=Index("images", 1, 2, (), "", shards, ""),
-        reading=Reading(locate("nowhere"), "images", 1, 2, crop=False, num_classes=1),
+        reading=reading,
     )
     expected = batches(stream, lanes, start, stop)
     # A batch is looked at before the next one is asked for: its memory is used again.

@@ -1,5 +1,6 @@
 """The windows in which a worker reads what is due: all of it, in order, the first ones small."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,20 +11,23 @@ from cat_ray.config import parse
 from cat_ray.data.index import Index, Shard
 from cat_ray.data.order import Stream
 from cat_ray.data.read import Reading
-from cat_ray.data.stream import FIRST_WINDOW_BATCHES, Due, stream_of, window_images, windows_of
+from cat_ray.data.stream import FIRST_WINDOW_BATCHES, Due, stream_of, windows_of
 from cat_ray.storage import locate
 
 BATCH = 16
 some = settings(max_examples=200, deadline=None, derandomize=True)
 
 
-def due(start: int, stop: int, window: int, batch: int = BATCH) -> Due:
-    """What is due between two places, all in batches."""
+LANES = range(1)
+
+
+def due(start: int, stop: int, window: int, batch: int = BATCH, lanes: int = 1) -> Due:
+    """What is due between two places, all in batches; a sample is a byte."""
     return Due(
-        stream=Stream(seed=0, counts=(1,), block_images=1, batch_size=batch, lanes=1),
+        stream=Stream(seed=0, counts=(1,), block_images=1, batch_size=batch, lanes=lanes),
         start=start * batch,
         stop=stop * batch,
-        window=window * batch,
+        window_bytes=window * batch,
         checkpoint=None,
         worker_group="3f9a1c",
         began=0.0,
@@ -42,7 +46,7 @@ windows = st.integers(1, 500)
 @given(places, windows, st.integers(1, 512))
 def test_windows_cover_what_is_due_without_gap_or_overlap(place, window, batch):
     start, stop = place
-    found = list(windows_of(due(start, stop, window, batch)))
+    found = list(windows_of(due(start, stop, window, batch), LANES))
     at = start * batch
     for first, beyond in found:
         assert first == at < beyond
@@ -53,7 +57,7 @@ def test_windows_cover_what_is_due_without_gap_or_overlap(place, window, batch):
 @some
 @given(places, windows, st.integers(1, 512))
 def test_windows_are_whole_batches_and_never_larger_than_asked_for(place, window, batch):
-    for first, beyond in windows_of(due(*place, window, batch)):
+    for first, beyond in windows_of(due(*place, window, batch), LANES):
         assert first % batch == beyond % batch == 0
         assert beyond - first <= window * batch
 
@@ -62,7 +66,8 @@ def test_windows_are_whole_batches_and_never_larger_than_asked_for(place, window
 @given(places, windows)
 def test_the_first_windows_are_small_and_grow_until_they_are_as_large_as_asked_for(place, window):
     start, stop = place
-    sizes = [(beyond - first) // BATCH for first, beyond in windows_of(due(start, stop, window))]
+    found = windows_of(due(start, stop, window), LANES)
+    sizes = [(beyond - first) // BATCH for first, beyond in found]
     if sizes:
         assert sizes[0] == min(FIRST_WINDOW_BATCHES, window, stop - start)
     for size, following in pairwise(sizes[:-1]):
@@ -83,35 +88,31 @@ def test_the_first_windows_are_small_and_grow_until_they_are_as_large_as_asked_f
     ],
 )
 def test_windows_of_small_runs(start, stop, window, expected):
-    found = [(a // BATCH, b // BATCH) for a, b in windows_of(due(start, stop, window))]
+    found = [(a // BATCH, b // BATCH) for a, b in windows_of(due(start, stop, window), LANES)]
     assert found == list(pairwise(expected))
 
 
-# What a job asks for.
-
-
 @pytest.mark.parametrize(
-    ("megabytes", "batch", "sample_side", "expected"),
+    ("window_bytes", "batch", "lanes", "own", "expected"),
     [
-        # 3,072 bytes a sample: 325 and 83,333 of them fit.
-        (1, 16, 32, 320),
-        (256, 16, 32, 83_328),
-        (256, 512, 32, 82_944),
+        # The memory is a worker's own: the fewer lanes are its, the more batches it reads at once.
+        (64, 16, 16, range(16), 4),
+        (64, 16, 16, range(4), 16),
+        (64, 16, 16, range(3, 6), 21),
+        (100, 16, 16, range(16), 6),
         # Never less than a batch, however large it is.
-        (1, 512, 256, 512),
-        (1, 16, 32_000, 16),
+        (1, 16, 16, range(16), 1),
+        (15, 16, 4, range(3), 1),
     ],
 )
 def test_a_window_is_as_much_memory_as_asked_for_in_whole_batches(
-    tiny_job, megabytes, batch, sample_side, expected
+    window_bytes, batch, lanes, own, expected
 ):
-    changes = [
-        f"data.window_megabytes={megabytes}",
-        f"optimisation.batch_size={batch}",
-        f"run.total_images={batch}",
-    ]
-    reading = Reading(locate("."), "images", sample_side, 3, crop=False, num_classes=1)
-    assert window_images(parse(tiny_job, "job", changes), reading) == expected
+    long = replace(due(0, 1000, 1, batch, lanes), window_bytes=window_bytes)
+    assert max(b - a for a, b in windows_of(long, own)) == expected * batch
+
+
+# What a job asks for.
 
 
 @pytest.mark.parametrize(
