@@ -42,6 +42,7 @@ Checkpoint = Annotated[
 ]
 
 RETRY_SECONDS = 60.0
+CPUS_HELP = "Cores to use; all of this machine's if unset."
 
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
 
@@ -258,9 +259,7 @@ def bench_data(
     job: Job,
     overrides: Overrides = None,
     images: Annotated[int, typer.Option(min=1, help="To read each time.")] = 10_000,
-    cpus: Annotated[
-        int | None, typer.Option(min=1, help="Cores to use; all of this machine's if unset.")
-    ] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help=CPUS_HELP)] = None,
     repetitions: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
@@ -276,6 +275,25 @@ def bench_data(
         else:
             for table in bench_tables(speed):
                 Console().print(table)
+
+
+@bench.command("waits")
+def bench_waits(
+    job: Job,
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(min=1, help="Who ask for batches.")] = 8,
+    step_seconds: Annotated[float, typer.Option(min=0.0, help="Of each step.")] = 0.05,
+    steps: Annotated[int, typer.Option(min=4, help="Of each worker; half of them to start.")] = 800,
+    cpus: Annotated[int | None, typer.Option(min=1, help=CPUS_HELP)] = None,
+) -> None:
+    """How long workers that step at a given pace wait for a job's data."""
+    with _speaking_plainly():
+        from cat_ray.operations.bench_waits import bench_waits as measure
+        from cat_ray.operations.bench_waits import waits_table
+
+        config = configuration.load(job, overrides or ())
+        waits = measure(config, workers, step_seconds, steps, cpus or os.cpu_count() or 1)
+        Console().print(waits_table(waits, step_seconds))
 
 
 @app.command()

@@ -449,6 +449,9 @@ def parse(text: str, name: str, overrides: Sequence[str] = (), kind: type[Job] =
     values = _read_yaml(text, name)
     if not isinstance(values, dict):
         raise BadInput(f"{name} must hold sections such as run: and data:, see jobs/")
+    needed = [key for key, field in kind.model_fields.items() if field.is_required()]
+    if values and not values.keys() & set(needed):
+        raise BadInput(f"{name} has no {' and no '.join(needed)}: is it a job of another command?")
     for override in overrides:
         _override(values, override)
     try:
@@ -505,7 +508,7 @@ def _explain(problem: dict[str, Any], kind: type[Section]) -> str:
         near = difflib.get_close_matches(
             location[-1], _known_keys(location[:-1], kind), n=1, cutoff=0.5
         )
-        hint = f", did you mean {near[0]}?" if near else ""
+        hint = f", did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
         return f"unknown key {dotted}{hint}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{dotted}: {message}" if dotted else message

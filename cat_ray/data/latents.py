@@ -1,12 +1,12 @@
 """Pictures to the latents of Stable Diffusion's VAE and back."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from cat_ray.errors import BadInput
+from cat_ray.pretrained import kind_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -69,7 +69,7 @@ def load_vae(name: str, revision: str | None = None) -> LatentCodec:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise BadInput("latents need diffusers: pip install '.[vae]'") from error
-    kind = "folder" if Path(name).exists() else "hub name or folder"
+    kind = kind_of(name)
     try:
         # Without accelerate, which nothing else here needs, there is only the plain way to load.
         vae, found = AutoencoderKL.from_pretrained(

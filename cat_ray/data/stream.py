@@ -6,6 +6,7 @@ stream at a time: while it trains on one, the next is read. A window is read as 
 because Ray Data's executor, which lives in the worker, spins as long as it is held back.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -188,6 +189,23 @@ def windows_of(due: Due, lanes: range) -> Iterator[tuple[int, int]]:
         stop = min(start + min(size, largest), due.stop)
         yield start, stop
         start, size = stop, 2 * size
+
+
+def from_the_start(config: Config, index: Index, reading: Reading, images: int) -> Due:
+    """So many images from the very start, to measure how fast they come: no run is behind it."""
+    return Due(
+        stream=stream_of(config, index),
+        start=0,
+        stop=images,
+        window_bytes=config.data.window_megabytes * 10**6,
+        checkpoint=None,
+        worker_group="bench",
+        began=time.time(),
+        noise_stream=0,
+        gone_nodes=(),
+        index=index,
+        reading=reading,
+    )
 
 
 def stream_of(config: Config, index: Index) -> Stream:

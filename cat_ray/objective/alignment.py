@@ -1,12 +1,11 @@
 """Alignment of the discriminator's tokens with DINOv2's on real images (GAT code, "REPA on D")."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cat_ray.errors import BadInput
+from cat_ray.pretrained import kind_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -69,12 +68,12 @@ def load_teacher(name: str, width: int) -> Teacher:
         from transformers import Dinov2Model
     except ImportError as error:
         raise BadInput("alignment needs transformers: pip install '.[alignment]'") from error
+    kind = kind_of(name)
     try:
         backbone, loaded = Dinov2Model.from_pretrained(
             name, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        kind = "folder" if Path(name).exists() else "hub name or folder"
         raise BadInput(f"can't load the teacher from the {kind} {name}: {error}") from error
     if loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"])[:3])

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import statistics
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -42,8 +43,8 @@ from cat_ray.data.read import (
 )
 from cat_ray.data.stream import (
     CPUS_PER_READ,
-    Due,
     RankStream,
+    from_the_start,
     reading_of,
     stream_of,
 )
@@ -236,13 +237,16 @@ def _peer(reading: Reading, index: Index, images: int, workers: int) -> float:
     else:
         pipeline = dataset.map(partial(_peer_image, resolution=reading.resolution))
         pipeline, batch = pipeline.batched(PEER_BATCH), PEER_BATCH
-    loader = DataLoader(
-        pipeline.repeat(),
-        batch_size=None,
-        num_workers=workers,
-        multiprocessing_context="spawn",
-        worker_init_fn=partial(_register, place),
-    )
+    with warnings.catch_warnings():
+        # More processes than cores: as many as ours are.
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader = DataLoader(
+            pipeline.repeat(),
+            batch_size=None,
+            num_workers=workers,
+            multiprocessing_context="spawn",
+            worker_init_fn=partial(_register, place),
+        )
     return _rate((batch for _ in loader), images)
 
 
@@ -270,21 +274,10 @@ def _peer_pack(sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 def _ours(config: Config, reading: Reading, index: Index, images: int) -> float:
     """The rate at which one worker gets its batches, reading with all of the cluster's CPUs."""
-    stream = stream_of(config, index)
-    due = Due(
-        stream=stream,
-        start=0,
-        stop=2 * -(-images // stream.batch_size) * stream.batch_size,
-        window_bytes=config.data.window_megabytes * 10**6,
-        checkpoint=None,
-        worker_group="bench",
-        began=time.time(),
-        noise_stream=0,
-        gone_nodes=(),
-        index=index,
-        reading=reading,
-    )
-    batches = RankStream(due, range(stream.lanes)).batches()
+    batch_size, lanes = config.optimisation.batch_size, config.optimisation.lanes
+    stop = 2 * -(-images // batch_size) * batch_size
+    due = from_the_start(config, index, reading, stop)
+    batches = RankStream(due, range(lanes)).batches()
     return _rate((len(batch.labels) for batch in batches), images)
 
 

@@ -123,7 +123,10 @@ def test_more_broken_samples_than_allowed_end_the_run(job_file: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("optimisation.lanse=3", "unknown key optimisation.lanse, did you mean lanes?"),
+        (
+            "optimisation.lanse=3",
+            "unknown key optimisation.lanse, did you mean optimisation.lanes?",
+        ),
         ("data.num_classes=9", "class id 9, outside data.num_classes 9"),
         ("model.resolution=64", "the shards hold 1 x 32 x 32 images"),
         ("model.generator.patch=8", "model.generator.patch is 4 there, 8 here"),

@@ -105,7 +105,10 @@ def test_each_command_has_a_help(command):
 @pytest.mark.parametrize(
     ("typo", "told"),
     [
-        (("lanes: 4", "lanse: 4"), "unknown key optimisation.lanse, did you mean lanes?"),
+        (
+            ("lanes: 4", "lanse: 4"),
+            "unknown key optimisation.lanse, did you mean optimisation.lanes?",
+        ),
         (("lanes: 4", "lanes: 5"), "optimisation: batch_size 16 is not a multiple of lanes 5"),
         (("minimum: 2", "minimum: two"), "workers.minimum: Input should be a valid integer"),
     ],
@@ -128,7 +131,7 @@ def test_a_job_file_that_is_not_there_is_one_line(tmp_path):
 
 
 def test_a_bad_override_is_one_line(job_file):
-    assert "run.sede, did you mean seed?" in refuse("train", job_file, "--set", "run.sede=1")
+    assert "run.sede, did you mean run.seed?" in refuse("train", job_file, "--set", "run.sede=1")
     assert "section.key=value" in refuse("train", job_file, "--set", "run.seed")
 
 
@@ -425,4 +428,4 @@ def test_prepare_refuses_another_job_in_a_folder(preparation, tmp_path):
 
 def test_prepare_refuses_an_unknown_key_and_names_the_nearest(preparation):
     line = refuse("prepare", preparation, "--set", "output.shard_imags=3")
-    assert "unknown key output.shard_imags, did you mean shard_images?" in line
+    assert "unknown key output.shard_imags, did you mean output.shard_images?" in line

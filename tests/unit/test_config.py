@@ -37,11 +37,15 @@ def sections(section: type[Section] = Config, prefix: str = "") -> list[tuple[st
 @pytest.mark.parametrize(
     ("typo", "key", "meant"),
     [
-        (("lanes: 4", "lanse: 4"), "optimisation.lanse", "lanes"),
-        (("patch: 4, mapping", "pach: 4, mapping"), "model.generator.pach", "patch"),
+        (("lanes: 4", "lanse: 4"), "optimisation.lanse", "optimisation.lanes"),
+        (
+            ("patch: 4, mapping", "pach: 4, mapping"),
+            "model.generator.pach",
+            "model.generator.patch",
+        ),
         (("workers:", "objectve: {}\nworkers:"), "objectve", "objective"),
-        (("depth: 4", "dept: 4"), "model.generator.size.dept", "depth"),
-        (("folder:", "foldr:"), "run.foldr", "folder"),
+        (("depth: 4", "dept: 4"), "model.generator.size.dept", "model.generator.size.depth"),
+        (("folder:", "foldr:"), "run.foldr", "run.folder"),
     ],
 )
 def test_a_typo_is_named_with_its_place_and_the_key_that_was_meant(tiny_job, typo, key, meant):
@@ -56,7 +60,7 @@ def test_a_typo_is_named_with_its_place_and_the_key_that_was_meant(tiny_job, typ
 )
 def test_any_key_without_its_last_letter_is_unknown_and_recognised(prefix, key):
     message = refusal(SHORTEST, f"{prefix}{key[:-1]}=1")
-    assert f"unknown key {prefix}{key[:-1]}, did you mean {key}?" in message
+    assert f"unknown key {prefix}{key[:-1]}, did you mean {prefix}{key}?" in message
 
 
 def test_a_key_like_no_other_gets_no_suggestion(tiny_job):
@@ -119,6 +123,15 @@ def test_what_must_be_given_is_asked_for(tiny_job, missing):
 @pytest.mark.parametrize("text", ["", "- run", "run", "3"])
 def test_a_file_without_sections_is_no_job(text):
     assert "must hold sections" in refusal(text)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "lacks"),
+    [("prepare_imagenet", Config, "run and no data"), ("quickstart", Preparation, "source and no")],
+)
+def test_a_job_of_another_command_is_told_as_one(path, kind, lacks):
+    with pytest.raises(BadInput, match=rf"{path}\.yaml has no {lacks} .*another command"):
+        load(str(FOLDER / f"{path}.yaml"), kind=kind)
 
 
 def test_broken_yaml_is_told_by_file_and_line():

@@ -112,14 +112,10 @@ def test_without_diffusers_the_extra_is_named(monkeypatch):
         load_vae("anything")
 
 
-@pytest.mark.parametrize(
-    "damage", ["nothing there", "no weights", "pickled", "cut short", "not JSON"]
-)
+@pytest.mark.parametrize("damage", ["no weights", "pickled", "cut short", "not JSON"])
 def test_a_vae_that_cannot_be_read_is_bad_input(vae, folder, damage):
     weights = folder / "diffusion_pytorch_model.safetensors"
-    if damage == "nothing there":
-        folder = folder.with_name("absent")
-    elif damage == "no weights":
+    if damage == "no weights":
         weights.unlink()
     elif damage == "pickled":
         weights.unlink()
@@ -130,6 +126,12 @@ def test_a_vae_that_cannot_be_read_is_bad_input(vae, folder, damage):
         (folder / "config.json").write_text("{")
     with pytest.raises(BadInput, match=f"can't load the VAE from the .*folder {folder}: "):
         load_vae(str(folder))
+
+
+@pytest.mark.parametrize("name", ["/absent/vae", "./vae", "../vae", "~/vae"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(BadInput, match=f"there is no folder {name} to load a model from"):
+        load_vae(name)
 
 
 def test_the_hub_is_asked_for_the_revision(monkeypatch):

@@ -288,7 +288,7 @@ JOB = "{source: {kind: mnist}, output: {folder: FOLDER}}"
     [
         ("source.kind=imagnet", "source.kind: Input should be 'auto', 'folders', 'tars'"),
         ("source.kind=folders", "source.uri must say where the images are"),
-        ("source.ury=x", "unknown key source.ury, did you mean uri?"),
+        ("source.ury=x", "unknown key source.ury, did you mean source.uri?"),
         ("output.contents=latents", "latents.vae must name the VAE"),
         ("output.tokens=true", "output.tokens goes with output.contents: latents"),
         ("output.shard_images=0", "output.shard_images: Input should be greater than 0"),

@@ -142,7 +142,7 @@ def test_each_sample_is_put_where_its_lane_and_step_want_it(tmp_path, data):
         stream=stream,
         start=0,
         stop=4 * stream.batch_size,
-        window=stream.batch_size,
+        window_bytes=1,
         checkpoint=None,
         worker_group="3f9a1c",
         began=0.0,
