@@ -18,7 +18,6 @@ from cat_ray.checkpoint.write import commit_if_whole
 from cat_ray.config import Config, dump
 from cat_ray.connection import connected
 from cat_ray.data.index import INDEX_NAME, Index, check_fits, check_shards, read_index
-from cat_ray.data.prepare import digits, prepare
 from cat_ray.data.stream import (
     CPUS_PER_READ,
     DATASET_NAME,
@@ -32,7 +31,6 @@ from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
 from cat_ray.operations.identity import claim
 from cat_ray.operations.outcome import forget_outcome, write_outcome
 from cat_ray.operations.progress import Progress
-from cat_ray.operations.report import write_report
 from cat_ray.storage import Location, locate
 from cat_ray.training import elasticity
 from cat_ray.training.elasticity import (
@@ -100,6 +98,9 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
         write_outcome(run, "failed", _images(run), str(error))
         raise
     write_outcome(run, "finished", _images(run))
+    # As above.
+    from cat_ray.operations.report import write_report
+
     return write_report(run)
 
 
@@ -154,6 +155,9 @@ def _at(config: Config, run: Location, shards: Location) -> Config:
 
 def _checked_index(config: Config, shards: Location) -> Index:
     if config.data.source is not None and not (shards / INDEX_NAME).exists():
+        # Not above: it imports matplotlib, which Ray Train's controller needn't wait for.
+        from cat_ray.data.prepare import digits, prepare
+
         prepare(digits(config.data.shards, config.storage))
     index = read_index(shards)
     reading = reading_of(config, index, shards)

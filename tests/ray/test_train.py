@@ -39,7 +39,10 @@ def tensor_hashes(run: Location) -> dict[str, str]:
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(job_file: Path, tmp_path: Path) -> None:
-    changes = ("run.total_images=320", "evaluation={protocol: classifier, every_images: 160}")
+    changes = (
+        "run.total_images=320",
+        "evaluation={protocol: classifier, every_images: 160, samples: 100}",
+    )
     undisturbed = train(job_file, *changes, f"run.folder={tmp_path}/undisturbed")
     assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
 
