@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cat_ray.evaluation.distance import frechet_distance, moments
+from cat_ray.evaluation.precision_recall import Balls
 
 if TYPE_CHECKING:
     from sklearn.svm import SVC
@@ -22,7 +23,6 @@ HELD_OUT_SHARE = 0.2
 REGULARISATION = 10.0
 SHARPNESS = 2.0
 COMPONENTS = 64
-NEIGHBOURS = 3
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,4 @@ def coverage(points: np.ndarray, manifold: np.ndarray) -> float:
 
     With reals as points and fakes as the manifold this is recall, the other way round precision.
     """
-    balls = torch.from_numpy(manifold)
-    # The nearest one is the point itself.
-    radii = torch.cdist(balls, balls).kthvalue(NEIGHBOURS + 1, dim=1).values
-    inside = torch.cdist(torch.from_numpy(points), balls) <= radii
-    return float(inside.any(dim=1).double().mean())
+    return Balls.round(torch.from_numpy(manifold)).share_inside(torch.from_numpy(points))

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from cat_ray.data.carried import mnist
 from cat_ray.evaluation.classifier import (
-    NEIGHBOURS,
     Reference,
     coverage,
     fit_reference,
     measure,
     within_class_spread,
 )
+from cat_ray.evaluation.precision_recall import NEIGHBOURS
 
 IMAGES, SAMPLES = 3500, 300
 

@@ -1,0 +1,43 @@
+"""Precision and recall of Kynkaanniemi et al. (arXiv:1904.06991), as ADM computes them.
+
+A set of features is the union of balls, each round a feature and as large as the distance to its
+third neighbour in the set. Precision is the share of samples inside the reals' balls, recall that
+of reals inside the samples'.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NEIGHBOURS = 3
+# Rows of distances that are in memory at a time.
+ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Balls:
+    """Features `[N, d]`, and the radius of the ball round each, `[N]`; in double precision, so that
+    close to an edge rounding doesn't decide.
+    """
+
+    centres: Tensor
+    radii: Tensor
+
+    @classmethod
+    def round(cls, features: Tensor) -> "Balls":
+        """The balls of a set, which has more than three members."""
+        # The nearest one is the feature itself.
+        radii = [
+            torch.cdist(rows, features).kthvalue(NEIGHBOURS + 1, dim=1).values
+            for rows in features.split(ROWS)
+        ]
+        return cls(features, torch.cat(radii))
+
+    def share_inside(self, features: Tensor) -> float:
+        """The share of features `[M, d]` that lie in one of the balls, or on its edge."""
+        inside = [
+            (torch.cdist(rows, self.centres) <= self.radii).any(dim=1)
+            for rows in features.split(ROWS)
+        ]
+        return float(torch.cat(inside).double().mean())
