@@ -1,0 +1,151 @@
+"""Images in ADM's format: an uncompressed npz whose `arr_0` is `[N, H, W, 3]` uint8.
+
+50,000 images of 256 pixels are 9.8 GB: they are written and read a few at a time.
+"""
+
+import math
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+from numpy.lib import format as npy
+
+from cat_ray.errors import BadInput
+
+IMAGES = "arr_0"
+LABELS = "arr_1"
+ENDING = ".npy"
+# Of every member, so that the same images give the same bytes.
+WRITTEN = (1980, 1, 1, 0, 0, 0)
+
+
+def write_images(
+    target: IO[bytes], shape: tuple[int, ...], parts: Iterable[np.ndarray], labels: np.ndarray
+) -> None:
+    """Writes images as they come, then their labels.
+
+    Args:
+        target: a file open for writing; it needn't be one that can seek.
+        shape: of all images, `[N, H, W, 3]`.
+        parts: uint8, N in all.
+        labels: `[N]`.
+    """
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        with _member(archive, IMAGES) as file:
+            _write_header(file, shape, np.dtype(np.uint8))
+            written = 0
+            for part in parts:
+                assert part.dtype == np.uint8 and part.shape[1:] == shape[1:]
+                file.write(np.ascontiguousarray(part).data)
+                written += len(part)
+            assert written == shape[0], f"{written} images came, not {shape[0]}"
+        with _member(archive, LABELS) as file:
+            _write_header(file, labels.shape, labels.dtype)
+            file.write(np.ascontiguousarray(labels).data)
+
+
+@contextmanager
+def _member(archive: zipfile.ZipFile, name: str) -> Iterator[IO[bytes]]:
+    with archive.open(zipfile.ZipInfo(f"{name}{ENDING}", WRITTEN), "w", force_zip64=True) as file:
+        yield file
+
+
+def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> None:
+    fields = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    npy.write_array_header_1_0(file, fields)
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array of an npz as its header tells."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Npz:
+    """The arrays of an npz, whole or a few rows at a time; nothing in it is unpickled."""
+
+    def __init__(self, file: IO[bytes], name: str):
+        """Looks at the headers of a file that can seek; `name` is for messages.
+
+        Raises:
+            BadInput: it is no npz, or holds something else than plain arrays.
+        """
+        self.name = name
+        try:
+            self._archive = zipfile.ZipFile(file)
+        except zipfile.BadZipFile as error:
+            raise BadInput(f"{name} is no npz file: {error}") from error
+        self.arrays: dict[str, Array] = {}
+        for member in self._archive.namelist():
+            with self._opened(member) as content:
+                self.arrays[member.removesuffix(ENDING)] = self._header(content, member)
+
+    @contextmanager
+    def _opened(self, member: str) -> Iterator[IO[bytes]]:
+        try:
+            with self._archive.open(member) as content:
+                yield content
+        except zipfile.BadZipFile as error:
+            raise BadInput(f"{self.name}: {member} is damaged: {error}") from error
+
+    def _header(self, content: IO[bytes], member: str) -> Array:
+        try:
+            version = npy.read_magic(content)
+            read: Any = {
+                (1, 0): npy.read_array_header_1_0,
+                (2, 0): npy.read_array_header_2_0,
+            }[version]
+            shape, fortran, dtype = read(content)
+        except (ValueError, KeyError) as error:
+            raise BadInput(f"{self.name}: {member} is no array of numpy's") from error
+        if fortran or dtype.hasobject or not shape:
+            raise BadInput(f"{self.name}: {member} holds no plain numbers, row after row")
+        return Array(shape, dtype)
+
+    def __contains__(self, array: str) -> bool:
+        return array in self.arrays
+
+    def read(self, array: str) -> np.ndarray:
+        """A whole array.
+
+        Raises:
+            BadInput: there is none of that name, or it is cut short.
+        """
+        found = self.known(array)
+        return np.concatenate(list(self.rows(array, max(1, found.shape[0]))) or [_none(found)])
+
+    def rows(self, array: str, count: int) -> Iterator[np.ndarray]:
+        """An array, so many rows at a time.
+
+        Raises:
+            BadInput: there is none of that name, or it is cut short.
+        """
+        found = self.known(array)
+        row_bytes = math.prod(found.shape[1:]) * found.dtype.itemsize
+        with self._opened(f"{array}{ENDING}") as content:
+            self._header(content, array)
+            for begin in range(0, found.shape[0], count):
+                rows = min(count, found.shape[0] - begin)
+                read = content.read(rows * row_bytes)
+                if len(read) < rows * row_bytes:
+                    raise BadInput(f"{self.name}: {array} ends before row {begin + rows}")
+                yield np.frombuffer(read, found.dtype).reshape(rows, *found.shape[1:])
+
+    def known(self, array: str) -> Array:
+        """The header of an array.
+
+        Raises:
+            BadInput: there is none of that name.
+        """
+        if array not in self.arrays:
+            raise BadInput(f"{self.name} has no {array}, it has {', '.join(sorted(self.arrays))}")
+        return self.arrays[array]
+
+
+def _none(array: Array) -> np.ndarray:
+    return np.empty(array.shape, array.dtype)
