@@ -122,6 +122,10 @@ def sample(
     decay: Annotated[
         float | None, typer.Option(help="Which average of the weights; 0 for the raw ones.")
     ] = None,
+    truncation: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="How far styles are drawn to their class's mean."),
+    ] = 0.0,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Make a grid and single PNGs for classes and a seed."""
@@ -129,10 +133,11 @@ def sample(
         from cat_ray.evaluation.pictures import write_pictures
 
         chosen = _numbers(classes)
+        folder = locate(out, endpoint_url)
         written = write_pictures(
-            locate(checkpoint, endpoint_url), locate(out, endpoint_url), chosen, count, seed, decay
+            locate(checkpoint, endpoint_url), folder, chosen, count, seed, decay, truncation
         )
-        typer.echo(f"{written} pictures and grid.png: {locate(out, endpoint_url).uri}")
+        typer.echo(f"{written} pictures and grid.png: {folder.uri}")
 
 
 @app.command()

@@ -8,7 +8,13 @@ from cat_ray.checkpoint.read import load_generator, resolve
 from cat_ray.checkpoint.retain import lease
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.grid import grid, to_image, to_png
-from cat_ray.evaluation.sampling import latents, sample_stages, to_pixels
+from cat_ray.evaluation.sampling import (
+    Truncation,
+    class_means,
+    latents,
+    sample_stages,
+    to_pixels,
+)
 from cat_ray.storage import Location
 
 
@@ -19,11 +25,12 @@ def write_pictures(
     count: int,
     seed: int,
     decay: float | None,
+    truncation: float = 0.0,
 ) -> int:
     """Writes `grid.png`, a row for each class, and a PNG for each sample; returns how many.
 
     The latent of a picture is a function of the seed and its column, so that the columns of the
-    grid share a latent.
+    grid share a latent. `truncation` is how far styles are drawn to the mean of their class.
 
     Raises:
         BadInput: a class doesn't exist, or the folder isn't empty.
@@ -41,7 +48,8 @@ def write_pictures(
         raise BadInput(f"class {outside[0]} doesn't exist: there are 0 to {shape.num_classes - 1}")
     z = latents(seed, range(count), shape.latent_width).repeat(len(chosen), 1)
     labels = torch.tensor(chosen).repeat_interleave(count)
-    pixels = to_pixels(sample_stages(generator, z, labels, device)[-1])
+    drawn = Truncation(truncation, class_means(generator, device)) if truncation else None
+    pixels = to_pixels(sample_stages(generator, z, labels, device, drawn)[-1])
     for place_in_grid, picture in enumerate(pixels):
         label, column = divmod(place_in_grid, count)
         name = f"class-{chosen[label]:04d}-seed-{seed}-{column:03d}.png"

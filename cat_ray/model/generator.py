@@ -119,11 +119,18 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         """`z [B, latent_width]` and `labels [B]` to outputs h_1..h_K, `[K, B, c, R, R]` in fp32."""
+        return self.synthesis(self.mapped(z, labels))
+
+    def mapped(self, z: Tensor, labels: Tensor) -> Tensor:
+        """`z [B, latent_width]` and `labels [B]` to styles `w [B, C]` in fp32."""
         # The mapping network's stored weights are large and move slowly: it stays in fp32.
         with precision(z.device, None):
-            style = F.silu(self.mapping(z, labels))
-        with precision(z.device, self.shape.autocast_dtype):
-            return self._stages(style)
+            return self.mapping(z, labels)
+
+    def synthesis(self, w: Tensor) -> Tensor:
+        """Styles `w [B, C]` to outputs h_1..h_K, `[K, B, c, R, R]` in fp32."""
+        with precision(w.device, self.shape.autocast_dtype):
+            return self._stages(F.silu(w))
 
     def _stages(self, style: Tensor) -> Tensor:
         x = self.positions.expand(len(style), -1, -1)

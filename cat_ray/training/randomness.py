@@ -22,6 +22,8 @@ class Purpose(StrEnum):
     BLOCK_ORDER = "shard-order"
     SAMPLE_ORDER = "sample-order"
     SAMPLE_LATENT = "sample-latent"
+    SAMPLE_LABEL = "sample-label"
+    CLASS_MEAN_LATENT = "class-mean-latent"
     PREPARATION = "preparation"
 
 

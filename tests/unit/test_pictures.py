@@ -16,6 +16,9 @@ from cat_ray.evaluation.grid import GAP, grid, stage_grid, to_image, to_png
 from cat_ray.evaluation.pictures import write_pictures
 from cat_ray.evaluation.sampling import (
     SAMPLING_BATCH,
+    Truncation,
+    class_labels,
+    class_means,
     latents,
     sample_stages,
     to_pixels,
@@ -115,6 +118,19 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(checkpoint, tmp
     assert content(out) == {"holiday.png": b"mine"}
 
 
+def test_full_truncation_leaves_one_picture_for_each_class(checkpoint, tmp_path):
+    for strength in (0.0, 0.5, 1.0):
+        write_pictures(checkpoint, locate(f"{tmp_path}/{strength}"), [1, 2], 3, 0, None, strength)
+    first, second = (
+        [opened(tmp_path / "1.0" / f"class-000{label}-seed-0-{n:03d}.png") for n in range(3)]
+        for label in (1, 2)
+    )
+    assert all(np.array_equal(picture, first[0]) for picture in first)
+    assert not np.array_equal(first[0], second[0])
+    grids = [opened(tmp_path / str(strength) / "grid.png") for strength in (0.0, 0.5, 1.0)]
+    assert not np.array_equal(grids[0], grids[1]) and not np.array_equal(grids[1], grids[2])
+
+
 # Samples.
 
 
@@ -124,6 +140,43 @@ def test_a_latent_is_a_function_of_seed_and_index():
     assert (
         len({tuple(row) for row in torch.cat([together, latents(4, range(5), 8)]).tolist()}) == 10
     )
+
+
+@pytest.mark.parametrize("rule", ["uniform", "balanced"])
+def test_a_class_is_a_function_of_seed_and_index(rule):
+    together = class_labels(rule, 3, range(2000), 7)
+    assert together.dtype == torch.int64
+    assert torch.equal(class_labels(rule, 3, [4, 2, 1999], 7), together[[4, 2, 1999]])
+    counts = torch.bincount(together, minlength=7)
+    assert len(counts) == 7
+    # Seven standard deviations at most, and not the very same number of each.
+    assert (counts - 2000 / 7).abs().max() < (1 if rule == "balanced" else 110)
+    assert rule == "balanced" or counts.max() - counts.min() > 1
+
+
+def test_another_seed_gives_other_classes_by_chance_but_not_when_balanced():
+    for rule, same in (("uniform", False), ("balanced", True)):
+        one, other = (class_labels(rule, seed, range(100), 10) for seed in (0, 1))
+        assert torch.equal(one, other) is same
+
+
+def test_truncation_draws_styles_to_the_mean_of_their_own_class(tiny_job):
+    generator = build_generator(parse(tiny_job, "job")).eval()
+    device = torch.device("cpu")
+    means = class_means(generator, device)
+    assert torch.equal(means, class_means(generator, device))
+    z, labels = latents(0, range(600), generator.shape.latent_width), torch.arange(600) % 10
+    w = generator.mapped(z, labels)
+    # The means are those of other latents than the samples'.
+    own = torch.stack([w[labels == label].mean(dim=0) for label in range(10)])
+    deviation = torch.stack([w[labels == label].std(dim=0) for label in range(10)])
+    assert ((means - own).abs() <= 6 * deviation / 60**0.5 + 1e-6).all()
+
+    for strength in (0.0, 0.3, 1.0):
+        drawn = Truncation(strength, means).applied(w, labels)
+        torch.testing.assert_close(drawn, w + strength * (means[labels] - w))
+    untouched = sample_stages(generator, z, labels, device, Truncation(0.0, means))
+    assert torch.equal(untouched, sample_stages(generator, z, labels, device))
 
 
 def test_samples_keep_their_order_through_batches():
