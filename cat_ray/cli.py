@@ -141,6 +141,49 @@ def sample(
 
 
 @app.command()
+def fid(
+    job: Annotated[str | None, typer.Argument(metavar="JOB", help="Such as jobs/fid.yaml.")] = None,
+    overrides: Overrides = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Two result files: may their distances be compared?"),
+    ] = None,
+    endpoint_url: Endpoint = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Measure a checkpoint's samples against real images; or compare two results."""
+    with _speaking_plainly():
+        if (job is None) == (compare is None):
+            raise BadInput("give a job, or --compare and two result files")
+        if compare is not None:
+            _compare_results(compare, endpoint_url)
+            return
+        from cat_ray.evaluation.fid import fid as measure
+        from cat_ray.evaluation.fid import result_table
+        from cat_ray.evaluation.measurement import Measurement
+
+        result, place = measure(configuration.load(job or "", overrides or (), Measurement))
+        if as_json:
+            typer.echo(place.read().decode())
+        else:
+            Console().print(result_table(result))
+            typer.echo(f"result: {place.uri}")
+
+
+def _compare_results(places: tuple[str, str], endpoint_url: str | None) -> None:
+    from cat_ray.evaluation.fid import differences, read_result
+
+    a, b = (read_result(locate(place, endpoint_url)) for place in places)
+    lines = list(differences(a, b))
+    if lines:
+        typer.echo("not comparable: " + "; ".join(lines))
+        raise typer.Exit(1)
+    for place, result in zip(places, (a, b), strict=True):
+        typer.echo(f"{result['metric']} {result['figures']['frechet']:.6g}  {place}")
+    typer.echo("comparable")
+
+
+@app.command()
 def inspect(
     checkpoint: Checkpoint,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file.")] = False,

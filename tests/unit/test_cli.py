@@ -39,6 +39,7 @@ COMMANDS = (
     "train",
     "prepare",
     "sample",
+    "fid",
     "inspect",
     "cost",
     "drill",

@@ -1,0 +1,91 @@
+"""The typed job of `cat-ray fid`: which samples, measured by what, against which real images."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cat_ray.config import Latents, Section, Storage
+
+
+class Samples(Section):
+    """Which samples. Each is a function of checkpoint, seed and index, whoever makes it.
+
+    Attributes:
+        checkpoint: its folder, or a run's for the newest one.
+        count: how many.
+        seed: of latents and labels.
+        labels: `uniform` draws each by chance, `balanced` has all classes equally often.
+        truncation: how far styles are drawn to the mean of their class; 0 leaves them.
+        decay: which average of the weights, the first if unset; 0 for the raw ones.
+    """
+
+    checkpoint: str
+    count: int = Field(default=50_000, ge=2)
+    seed: int = Field(default=0, ge=0)
+    labels: Literal["uniform", "balanced"] = "uniform"
+    truncation: float = Field(default=0.0, ge=0.0, le=1.0)
+    decay: float | None = Field(default=None, ge=0.0, lt=1.0)
+
+
+class Features(Section):
+    """What the distance is taken on.
+
+    Attributes:
+        network: `inception` is the network of 2015 that FID is defined on; `pixels` needs no
+            weights, and its distance is no FID.
+        weights: Inception's, a local safetensors file.
+        sha256: of that file.
+    """
+
+    network: Literal["inception", "pixels"] = "inception"
+    weights: str | None = None
+    sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Features":
+        if self.network == "inception" and not (self.weights and self.sha256):
+            raise ValueError("network inception needs weights and their sha256, see the README")
+        return self
+
+
+class Workers(Section):
+    """Who does it.
+
+    Attributes:
+        count: processes that hold the networks; any number gives the same result.
+        cpus_per_worker: cores of each. A sum's rounding depends on them: another number of cores,
+            or a GPU, may change the last digits of a sample.
+        gpu: a GPU for each.
+    """
+
+    count: int = Field(default=1, gt=0)
+    cpus_per_worker: int = Field(default=1, gt=0)
+    gpu: bool = False
+
+
+class Output(Section):
+    """Where results and finished ranges are kept."""
+
+    folder: str
+
+
+class Measurement(Section):
+    """A job of `cat-ray fid`.
+
+    Attributes:
+        samples: which samples.
+        features: what they are measured by.
+        reference: real images: an npz of ADM's, or a folder of image shards.
+        output: where to.
+        latents: the VAE, where the generator makes latents.
+        storage: how s3:// is reached.
+        workers: who does it.
+    """
+
+    samples: Samples
+    features: Features
+    reference: str
+    output: Output
+    latents: Latents = Latents()
+    storage: Storage = Storage()
+    workers: Workers = Workers()

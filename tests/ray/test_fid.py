@@ -1,0 +1,119 @@
+"""`cat-ray fid` on a real Ray: any number of workers, killed or not, gives the same bits."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from cat_ray.checkpoint.layout import GENERATOR, State, average_group
+from cat_ray.config import Storage, dump, parse
+from cat_ray.data.index import read_index
+from cat_ray.data.prepare import digits, prepare
+from cat_ray.data.read import Reading, read_images
+from cat_ray.evaluation.distance import frechet_distance, moments
+from cat_ray.evaluation.features import grid_means
+from cat_ray.evaluation.sampling import class_labels, latents, sample_stages, to_pixels
+from cat_ray.model.build import build_generator
+from cat_ray.storage import locate
+
+COMMAND = str(Path(sys.executable).with_name("cat-ray"))
+SAMPLES = 2500
+WAIT_SECONDS = 300
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_job: str, save_checkpoint) -> Path:
+    """A measurement of random weights against digits."""
+    config = parse(tiny_job, "job.yaml")
+    weights = {}
+    for seed, name in enumerate((GENERATOR, average_group(0.9), average_group(0.5))):
+        torch.manual_seed(seed)
+        weights[name] = build_generator(config).state_dict()
+    state = State(32, 0, "digest", dump(config), {"python": "3"})
+    save_checkpoint(locate(str(tmp_path / "run")), state, weights)
+    prepare(digits(f"{tmp_path}/shards", Storage()))
+    values = {
+        "samples": {"checkpoint": f"{tmp_path}/run", "count": SAMPLES},
+        "features": {"network": "pixels"},
+        "reference": f"{tmp_path}/shards",
+        "output": {"folder": f"{tmp_path}/undisturbed"},
+    }
+    path = tmp_path / "fid.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def fid(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([COMMAND, "fid", *map(str, arguments)], capture_output=True, text=True)
+
+
+def result(folder: Path) -> tuple[Path, dict[str, Any]]:
+    (place,) = folder.glob("*.json")
+    return place, json.loads(place.read_text())
+
+
+def by_hand(tmp_path: Path, tiny_job: str) -> float:
+    """The distance without any of the job: all at once, in one process."""
+    config, device = parse(tiny_job, "job.yaml"), torch.device("cpu")
+    torch.manual_seed(1)
+    generator = build_generator(config).eval()
+    z = latents(0, range(SAMPLES), generator.shape.latent_width)
+    labels = class_labels("uniform", 0, range(SAMPLES), 10)
+    samples = to_pixels(sample_stages(generator, z, labels, device)[-1])
+    folder = locate(f"{tmp_path}/shards")
+    reading = Reading(folder, "images", 32, 1, crop=False, num_classes=10)
+    pixels, _ = read_images(reading, read_index(folder), 5000)
+    reals = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    sets = [moments(grid_means(images).numpy()) for images in (samples, reals)]
+    return frechet_distance(*sets)
+
+
+def test_workers_and_kills_change_no_bit(job: Path, tmp_path: Path, tiny_job: str) -> None:
+    alone = fid(job)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    place, undisturbed = result(tmp_path / "undisturbed")
+    assert undisturbed["metric"] == "pixels2500_shards" in alone.stdout
+    # Batches of another size may round a sample's pixel the other way.
+    found = undisturbed["figures"]["frechet"]
+    assert found == pytest.approx(by_hand(tmp_path, tiny_job), rel=1e-3)
+
+    folder = tmp_path / "disturbed"
+    changes = ["--set", f"output.folder={folder}", "--set", "workers.count=2"]
+    driver = subprocess.Popen(
+        [COMMAND, "fid", job, *changes], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + WAIT_SECONDS
+    while len(list(folder.glob("features-*/*"))) < 6:
+        assert driver.poll() is None and time.monotonic() < until, "it was over before the kill"
+        time.sleep(0.02)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert not list(folder.glob("*.json"))
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("features-*/*")}
+    again = fid(job, "--set", f"output.folder={folder}", "--set", "workers.count=3")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+    other, disturbed = result(folder)
+    assert disturbed["pixels_sha256"] == undisturbed["pixels_sha256"]
+    assert disturbed["figures"] == undisturbed["figures"]
+    assert np.isfinite(list(disturbed["figures"].values())).all()
+    compared = fid("--compare", place, other)
+    assert (compared.returncode, compared.stdout.splitlines()[-1]) == (0, "comparable")
+
+    changed = json.loads(other.read_text())
+    changed["protocol"] |= {"labels": "balanced", "samples": 5000}
+    other.write_text(json.dumps(changed))
+    refused = fid("--compare", place, other)
+    assert refused.returncode == 1
+    assert re.search(r"labels: uniform, balanced; samples: 2500, 5000", refused.stdout)

@@ -1,0 +1,153 @@
+"""What a distance is called, what its job must say, and when two may be compared."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from cat_ray.config import load, parse
+from cat_ray.errors import BadInput
+from cat_ray.evaluation.features import Featuriser, grid_means
+from cat_ray.evaluation.fid import differences, metric_name, read_result
+from cat_ray.evaluation.image_sources import FromShards
+from cat_ray.evaluation.inception_score import SPLIT_IMAGES
+from cat_ray.evaluation.measurement import Measurement
+from cat_ray.evaluation.ranges import RANGE_IMAGES, RangeStore, digest_of
+from cat_ray.storage import locate
+
+JOB = """
+samples: {checkpoint: runs/a}
+features: {network: pixels}
+reference: shards
+output: {folder: out}
+"""
+PIXELS = Featuriser("pixels")
+
+
+@pytest.mark.parametrize(
+    ("network", "reference", "count", "name"),
+    [
+        ("inception", "adm", 50_000, "fid50k_adm"),
+        ("inception", "adm", 5_000, "fid5k_adm"),
+        ("inception", "adm", 49_999, "fid49999_adm"),
+        ("inception", "shards", 50_000, "fid50k_shards"),
+        ("pixels", "shards", 50_000, "pixels50k_shards"),
+    ],
+)
+def test_a_distance_is_called_what_it_is(network, reference, count, name):
+    assert metric_name(network, reference, count) == name
+
+
+def test_the_offline_job_is_valid_and_measures_50000_samples():
+    found = load(str(Path(__file__).parents[2] / "jobs" / "fid.yaml"), kind=Measurement)
+    assert (found.samples.count, found.features.network) == (50_000, "pixels")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("features.network=inception", "needs weights and their sha256"),
+        ("features={network: inception, weights: w}", "needs weights and their sha256"),
+        ("samples.labels=random", "'uniform' or 'balanced'"),
+        ("samples.truncation=1.5", "less than or equal to 1"),
+        ("samples.cuont=5", "did you mean samples.count?"),
+    ],
+)
+def test_a_bad_job_is_refused(change, told):
+    with pytest.raises(BadInput, match=told):
+        parse(JOB, "fid.yaml", [change], Measurement)
+
+
+# Two results.
+
+
+RESULT = {
+    "metric": "fid50k_adm",
+    "figures": {"frechet": 2.0},
+    "protocol": {"samples": 50_000, "labels": "uniform", "vae": None},
+    "subject": {"checkpoint": "a"},
+}
+
+
+def test_other_subjects_are_comparable():
+    other = RESULT | {"subject": {"checkpoint": "b"}, "figures": {"frechet": 1.0}}
+    assert list(differences(RESULT, other)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"labels": "balanced"}, ["labels: uniform, balanced"]),
+        ({"vae": "ema", "samples": 5}, ["samples: 50000, 5", "vae: None, ema"]),
+        ({"new": 1}, ["new: None, 1"]),
+    ],
+)
+def test_another_protocol_is_told_key_by_key(changes, expected):
+    other = copy.deepcopy(RESULT)
+    other["protocol"] |= changes
+    assert list(differences(RESULT, other)) == expected
+
+
+def test_another_metric_is_never_comparable():
+    assert list(differences(RESULT, RESULT | {"metric": "fid5k_adm"})) == [
+        "metric: fid50k_adm, fid5k_adm"
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"metric": "fid50k_adm"}'])
+def test_another_file_is_no_result(tmp_path, content):
+    (tmp_path / "r.json").write_bytes(content)
+    with pytest.raises(BadInput, match=r"r\.json is no result"):
+        read_result(locate(str(tmp_path / "r.json")))
+
+
+# Ranges.
+
+
+class Nothing(FromShards):
+    """A source that is never loaded."""
+
+    def __init__(self):
+        pass
+
+
+@pytest.mark.parametrize("count", [1, 999, 1000, 1001, 50_000])
+def test_ranges_cover_all_images_once_and_splits_are_whole_ranges(tmp_path, count):
+    store = RangeStore(locate(str(tmp_path)), Nothing(), PIXELS, count)
+    ranges = store.ranges()
+    assert [number for numbers in ranges for number in numbers] == list(range(count))
+    assert len({store.place(numbers).name for numbers in ranges}) == len(ranges)
+    assert SPLIT_IMAGES % RANGE_IMAGES == 0
+
+
+def test_only_what_is_not_there_is_due(tmp_path):
+    store = RangeStore(locate(str(tmp_path)), Nothing(), PIXELS, 3500)
+    for number in (1, 3):
+        store.place(store.ranges()[number]).write(b"x")
+    assert store.due() == [range(0, 1000), range(2000, 3000)]
+
+
+def test_the_name_of_a_store_follows_from_all_but_where_the_weights_lie():
+    inception = Featuriser("inception", "a", "1")
+    name = digest_of({"seed": 0}, inception, 10)
+    assert digest_of({"seed": 0}, Featuriser("inception", "b", "1"), 10) == name
+    others = [
+        digest_of({"seed": 1}, inception, 10),
+        digest_of({"seed": 0}, Featuriser("inception", "a", "2"), 10),
+        digest_of({"seed": 0}, PIXELS, 10),
+        digest_of({"seed": 0}, inception, 11),
+    ]
+    assert len({name, *others}) == 5
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [8, 32, 256])
+def test_the_offline_features_are_means_of_squares(channels, side):
+    images = torch.randint(0, 256, (60, channels, side, side), dtype=torch.uint8)
+    features = PIXELS.load(torch.device("cpu"))(images)["pooled"]
+    assert features.shape == (60, PIXELS.widths(channels)[0])
+    square = side // 8
+    expected = images[7, -1, -square:, -square:].double().mean() / 255
+    assert features[7, -1].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.equal(features[3:4], grid_means(images[3:4]))
