@@ -20,12 +20,19 @@ import ray.train
 
 from cat_ray.config import Config
 from cat_ray.data.cache import Cache
-from cat_ray.data.index import Extents, Index, read_extents
+from cat_ray.data.index import (
+    Extents,
+    Index,
+    check_fits,
+    check_shards,
+    read_extents,
+    read_index,
+)
 from cat_ray.data.latents import IMAGE_CHANNELS, REDUCTION
 from cat_ray.data.order import Piece, Stream, lane_images, pieces
 from cat_ray.data.read import Batch, Reading, part_of
 from cat_ray.data.reading_task import COLUMNS, CPUS_PER_READ, PIECES, packed, read_pieces
-from cat_ray.storage import Location
+from cat_ray.storage import Location, locate
 from cat_ray.training.lanes import share
 
 DATASET_NAME = "train"
@@ -238,6 +245,21 @@ def reading_of(config: Config, index: Index, folder: Location) -> Reading:
         if data.cache_folder
         else None,
     )
+
+
+def open_shards(config: Config) -> tuple[Index, Reading]:
+    """A job's shards: what they hold and how they are read.
+
+    Raises:
+        BadInput: they aren't there, or aren't what the index says or the model takes.
+    """
+    storage = config.storage
+    folder = locate(config.data.shards, storage.endpoint_url, storage.region)
+    index = read_index(folder)
+    reading = reading_of(config, index, folder)
+    check_fits(index, reading.resolution, reading.channels, reading.num_classes)
+    check_shards(index, folder)
+    return index, reading
 
 
 def keep_helpers_here() -> None:

@@ -28,6 +28,15 @@ def run_tasks(
     dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows)).map(
         task, fn_kwargs=settings, num_cpus=cpus
     )
+    yield from rows_of(dataset)
+
+
+def rows_of(dataset: ray.data.Dataset) -> Iterator[Row]:
+    """A data set's rows as they come.
+
+    Raises:
+        BadInput: a task raised it.
+    """
     dataset.context.enable_progress_bars = False
     dataset.context.raise_original_map_exception = True
     try:

@@ -11,18 +11,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import ray
 import ray.data
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from cat_ray.data.tasks import rows_of
 from cat_ray.evaluation.features import Featuriser
 from cat_ray.evaluation.image_sources import ImageSource
 from cat_ray.evaluation.measurement import Workers
 from cat_ray.operations.counting import Counting
 from cat_ray.storage import Location
-from cat_ray.training.elasticity import told_to_user
 
 # Splits of the Inception score are of 5,000 images: whole ranges.
 RANGE_IMAGES = 1000
@@ -153,14 +152,7 @@ def _rows(store: RangeStore, workers: Workers, due: list[range]) -> Iterator[dic
         num_gpus=int(workers.gpu),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(workers.count, len(rows))),
     )
-    dataset.context.enable_progress_bars = False
-    dataset.context.raise_original_map_exception = True
-    try:
-        yield from dataset.iter_rows()
-    except ray.exceptions.RayError as error:
-        if (told := told_to_user(error)) is not None:
-            raise told from error
-        raise
+    return rows_of(dataset)
 
 
 def digest_of(identity: dict[str, Any], featuriser: Featuriser, count: int) -> str:

@@ -29,7 +29,7 @@ from cat_ray.config import Config
 from cat_ray.connection import connected
 from cat_ray.data.crop import center_crop
 from cat_ray.data.decode import IMAGE_ENDINGS, encoded_image
-from cat_ray.data.index import Extents, Index, check_fits, check_shards, read_extents, read_index
+from cat_ray.data.index import Extents, Index, read_extents
 from cat_ray.data.order import blocks, mixing
 from cat_ray.data.packs import unpack
 from cat_ray.data.read import (
@@ -45,11 +45,11 @@ from cat_ray.data.stream import (
     CPUS_PER_READ,
     RankStream,
     from_the_start,
-    reading_of,
+    open_shards,
     stream_of,
 )
 from cat_ray.data.tar import RawSample, samples
-from cat_ray.storage import Location, locate
+from cat_ray.storage import Location
 
 OURS, BARE, PEER = "cat-ray (Ray Data)", "bare decode", "webdataset + DataLoader"
 ALONE_IMAGES = 512
@@ -97,14 +97,9 @@ def bench_data(config: Config, images: int, cpus: int, repetitions: int) -> Data
     Raises:
         BadInput: the shards can't be read, or don't fit the model.
     """
-    storage = config.storage
-    folder = locate(config.data.shards, storage.endpoint_url, storage.region)
-    index = read_index(folder)
-    reading = reading_of(config, index, folder)
-    check_fits(index, reading.resolution, reading.channels, reading.num_classes)
-    check_shards(index, folder)
+    index, reading = open_shards(config)
     workers = int(cpus / CPUS_PER_READ)
-    parts = _parts(config, index, read_extents(folder, index))
+    parts = _parts(config, index, read_extents(reading.folder, index))
     ways: dict[str, Callable[[], float]] = {
         PEER: partial(_peer, reading, index, images, workers),
         OURS: partial(_ours, config, reading, index, images),

@@ -9,10 +9,8 @@ from rich.table import Table
 
 from cat_ray.config import Config
 from cat_ray.connection import connected
-from cat_ray.data.index import check_fits, check_shards, read_index
-from cat_ray.data.stream import Due, RankStream, from_the_start, reading_of
+from cat_ray.data.stream import Due, RankStream, from_the_start, open_shards
 from cat_ray.errors import BadInput
-from cat_ray.storage import locate
 from cat_ray.training.lanes import share
 
 
@@ -49,12 +47,7 @@ def bench_waits(
     lanes = config.optimisation.lanes
     if workers > lanes:
         raise BadInput(f"{workers} workers, but optimisation.lanes is {lanes}: use at most as many")
-    storage = config.storage
-    folder = locate(config.data.shards, storage.endpoint_url, storage.region)
-    index = read_index(folder)
-    reading = reading_of(config, index, folder)
-    check_fits(index, reading.resolution, reading.channels, reading.num_classes)
-    check_shards(index, folder)
+    index, reading = open_shards(config)
     due = from_the_start(config, index, reading, steps * config.optimisation.batch_size)
     with connected(0, {}, exactly=cpus):
         begun = [

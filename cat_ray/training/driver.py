@@ -17,13 +17,14 @@ from cat_ray.checkpoint.retain import images_of
 from cat_ray.checkpoint.write import commit_if_whole
 from cat_ray.config import Config, dump
 from cat_ray.connection import connected
-from cat_ray.data.index import INDEX_NAME, Index, check_fits, check_shards, read_index
+from cat_ray.data.index import INDEX_NAME, Index, check_shards
 from cat_ray.data.stream import (
     CPUS_PER_READ,
     DATASET_NAME,
     Due,
     LaneDataConfig,
     keep_helpers_here,
+    open_shards,
     reading_of,
     stream_of,
 )
@@ -159,11 +160,7 @@ def _checked_index(config: Config, shards: Location) -> Index:
         from cat_ray.data.prepare import digits, prepare
 
         prepare(digits(config.data.shards, config.storage))
-    index = read_index(shards)
-    reading = reading_of(config, index, shards)
-    check_fits(index, reading.resolution, reading.channels, reading.num_classes)
-    check_shards(index, shards)
-    return index
+    return open_shards(config)[0]
 
 
 def _fit(

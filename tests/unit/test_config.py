@@ -15,7 +15,8 @@ from cat_ray.model.sizes import SIZES, Size
 
 FOLDER = Path(__file__).parents[2] / "jobs"
 PREPARATIONS = sorted(FOLDER.glob("prepare_*.yaml"))
-JOBS = sorted(set(FOLDER.glob("*.yaml")) - set(PREPARATIONS))
+MEASUREMENTS = sorted(FOLDER.glob("fid*.yaml"))
+JOBS = sorted(set(FOLDER.glob("*.yaml")) - set(PREPARATIONS) - set(MEASUREMENTS))
 SHORTEST = "run: {folder: r, total_images: 512}\ndata: {shards: s, num_classes: 10}\n"
 
 
@@ -130,7 +131,7 @@ def test_a_file_without_sections_is_no_job(text):
     [("prepare_imagenet", Config, "run and no data"), ("quickstart", Preparation, "source and no")],
 )
 def test_a_job_of_another_command_is_told_as_one(path, kind, lacks):
-    with pytest.raises(BadInput, match=rf"{path}\.yaml has no {lacks} .*another command"):
+    with pytest.raises(BadInput, match=rf"{path}\.yaml has no {lacks}.*another command"):
         load(str(FOLDER / f"{path}.yaml"), kind=kind)
 
 
