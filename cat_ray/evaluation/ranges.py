@@ -7,18 +7,21 @@ job that was interrupted, or goes on with more or fewer processes, ends with the
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import ray.data
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cat_ray.data.tasks import rows_of
+from cat_ray.errors import BadInput
 from cat_ray.evaluation.features import Featuriser
-from cat_ray.evaluation.image_sources import ImageSource
+from cat_ray.evaluation.image_sources import Images, ImageSource
 from cat_ray.evaluation.measurement import Workers
 from cat_ray.operations.counting import Counting
 from cat_ray.storage import Location
@@ -59,11 +62,22 @@ class RangeStore:
         return self.folder / f"images-{numbers.start:09d}-{numbers.stop:09d}.safetensors"
 
     def read(self, numbers: range) -> tuple[dict[str, Tensor], str]:
-        """Of a finished range the features by name, `[n, d]`, and the hash of its pixels."""
-        content = self.place(numbers).read()
+        """Of a finished range the features by name, `[n, d]`, and the hash of its pixels.
+
+        Raises:
+            BadInput: the file is damaged.
+        """
+        place = self.place(numbers)
+        content = place.read()
+        try:
+            features = safetensors.torch.load(content)
+        except SafetensorError as error:
+            raise BadInput(
+                f"{place.uri} is damaged: delete it and run the command again"
+            ) from error
         header_bytes = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + header_bytes])
-        return safetensors.torch.load(content), header["__metadata__"][PIXELS_SHA256]
+        return features, header["__metadata__"][PIXELS_SHA256]
 
 
 class RangeMaker:
@@ -74,16 +88,24 @@ class RangeMaker:
         torch.set_num_threads(workers.cpus_per_worker)
         self._device = torch.device("cuda" if workers.gpu else "cpu")
         self._store = store
-        self._images = store.source.load(self._device)
-        self._features = store.featuriser.load(self._device)
+
+    # Not at once: what goes wrong in a call is told to the user, a failed start is only repeated.
+    @cached_property
+    def _images(self) -> Images:
+        return self._store.source.load(self._device)
+
+    @cached_property
+    def _features(self) -> Callable[[Tensor], dict[str, Tensor]]:
+        return self._store.featuriser.load(self._device)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Makes the range of a row, and tells how long each stage of it took, in seconds."""
         numbers = range(row["start"], row["stop"])
+        make, measure = self._images, self._features
         began = time.perf_counter()
-        images = self._images(numbers)
+        images = make(numbers)
         made = time.perf_counter()
-        features = self._features(images)
+        features = measure(images)
         measured = time.perf_counter()
         digest = hashlib.sha256(images.contiguous().numpy().data).hexdigest()
         content = safetensors.torch.save(features, {PIXELS_SHA256: digest})
