@@ -132,22 +132,37 @@ class Location:
             partial.write_bytes(content)
             partial.replace(local)
 
+    @contextmanager
+    def written(self) -> Iterator[NativeFile]:
+        """A file to be written piece by piece; on a local disk it is in place once it is whole."""
+        with (
+            self._explained(),
+            self._put_in_place() as target,
+            self.filesystem.open_output_stream(target) as file,
+        ):
+            yield file
+
     def upload(self, source: Path) -> None:
         """Copies a local file here, in pieces; in place at once, as `write`."""
-        with self._explained():
-            local = self.local_path
-            target = self.path
-            if local is not None:
-                local.parent.mkdir(parents=True, exist_ok=True)
-                target = str(local.with_name(f".{local.name}.partial"))
+        with self._explained(), self._put_in_place() as target:
             fs.copy_files(
                 str(source),
                 target,
                 source_filesystem=fs.LocalFileSystem(),
                 destination_filesystem=self.filesystem,
             )
-            if local is not None:
-                Path(target).replace(local)
+
+    @contextmanager
+    def _put_in_place(self) -> Iterator[str]:
+        """Where to write to: on a local disk beside the file, which it becomes at the end."""
+        local = self.local_path
+        if local is None:
+            yield self.path
+            return
+        local.parent.mkdir(parents=True, exist_ok=True)
+        partial = local.with_name(f".{local.name}.partial")
+        yield str(partial)
+        partial.replace(local)
 
     def folders(self) -> list["Location"]:
         """The folders directly below, by name; none if there is nothing here."""

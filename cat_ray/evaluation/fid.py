@@ -5,7 +5,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
@@ -24,8 +24,10 @@ from cat_ray.errors import BadInput
 from cat_ray.evaluation.features import Featuriser
 from cat_ray.evaluation.image_sources import FromShards, Generated
 from cat_ray.evaluation.measurement import Measurement
+from cat_ray.evaluation.npz import write_images
 from cat_ray.evaluation.ranges import RangeStore, Speed, digest_of, make_ranges
 from cat_ray.evaluation.reference import read_reference
+from cat_ray.evaluation.sampling import class_labels
 from cat_ray.evaluation.statistics import (
     Statistics,
     distances,
@@ -76,7 +78,9 @@ def fid(job: Measurement) -> tuple[Result, Location]:
         config = read_config(checkpoint)
         side, channels = _pixels_of(config, job)
         source = _samples(job, config, checkpoint)
-        samples = _store(folder, source, featuriser, job.samples.count)
+        samples = replace(
+            _store(folder, source, featuriser, job.samples.count), keep_pixels=job.output.npz
+        )
         # What can't be used is found before the work.
         featuriser.load(torch.device("cpu"))
         reals = _reals(job, config, folder, featuriser, side, channels)
@@ -89,9 +93,27 @@ def fid(job: Measurement) -> tuple[Result, Location]:
             ray.remote(num_cpus=1)(_figures).remote(samples, reals, featuriser, channels)
         )
     result = _result(job, config, checkpoint, source, measured, side, speed)
-    place = folder / f"{result.metric}-{checkpoint.name}-{samples.folder.name[-8:]}.json"
+    name = f"{result.metric}-{checkpoint.name}-{samples.folder.name[-8:]}"
+    if job.output.npz:
+        _write_npz(folder / f"{name}.npz", samples, source, config.data.num_classes)
+    place = folder / f"{name}.json"
     place.write(json.dumps(asdict(result), indent=1).encode())
     return result, place
+
+
+def _write_npz(place: Location, samples: RangeStore, source: Generated, num_classes: int) -> None:
+    """The samples in ADM's format, which knows colours only; the ranges' own pixels go."""
+    ranges = samples.ranges()
+    side = samples.pixels(ranges[0]).shape[-1]
+    parts = (
+        samples.pixels(numbers).expand(-1, IMAGE_CHANNELS, -1, -1).permute(0, 2, 3, 1).numpy()
+        for numbers in ranges
+    )
+    labels = class_labels(source.labels, source.seed, range(samples.count), num_classes)
+    with place.written() as file:
+        write_images(file, (samples.count, side, side, IMAGE_CHANNELS), parts, labels.numpy())
+    for numbers in ranges:
+        samples.pixels_place(numbers).delete()
 
 
 def metric_name(network: str, reference: str, count: int) -> str:

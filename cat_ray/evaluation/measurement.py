@@ -64,9 +64,15 @@ class Workers(Section):
 
 
 class Output(Section):
-    """Where results and finished ranges are kept."""
+    """What is kept.
+
+    Attributes:
+        folder: of results and finished ranges.
+        npz: the samples too, as a file in ADM's format beside the result.
+    """
 
     folder: str
+    npz: bool = False
 
 
 class Measurement(Section):

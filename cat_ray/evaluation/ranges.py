@@ -28,7 +28,7 @@ from cat_ray.storage import Location
 
 # Splits of the Inception score are of 5,000 images: whole ranges.
 RANGE_IMAGES = 1000
-PIXELS_SHA256 = "pixels_sha256"
+PIXELS, PIXELS_SHA256 = "pixels", "pixels_sha256"
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,14 @@ class RangeStore:
         source: where the images come from.
         featuriser: what they are measured by.
         count: images in all.
+        keep_pixels: whether the images themselves are kept beside their features.
     """
 
     folder: Location
     source: ImageSource
     featuriser: Featuriser
     count: int
+    keep_pixels: bool = False
 
     def ranges(self) -> list[range]:
         """All of them, in order."""
@@ -54,12 +56,28 @@ class RangeStore:
 
     def due(self) -> list[range]:
         """Those that aren't there yet."""
-        there = self.folder.sizes()
-        return [numbers for numbers in self.ranges() if self.place(numbers).name not in there]
+        there = self.folder.sizes().keys()
+        return [
+            numbers
+            for numbers in self.ranges()
+            if not {place.name for place in self._needed(numbers)} <= there
+        ]
 
     def place(self, numbers: range) -> Location:
-        """The file of a range."""
+        """The file of a range's features."""
         return self.folder / f"images-{numbers.start:09d}-{numbers.stop:09d}.safetensors"
+
+    def pixels_place(self, numbers: range) -> Location:
+        """The file of a range's images, where they are kept."""
+        return self.folder / f"images-{numbers.start:09d}-{numbers.stop:09d}.pixels.safetensors"
+
+    def _needed(self, numbers: range) -> list[Location]:
+        pixels = [self.pixels_place(numbers)] if self.keep_pixels else []
+        return [self.place(numbers), *pixels]
+
+    def pixels(self, numbers: range) -> Tensor:
+        """The images of a finished range, `[n, c, H, W]` uint8."""
+        return safetensors.torch.load(self.pixels_place(numbers).read())[PIXELS]
 
     def read(self, numbers: range) -> tuple[dict[str, Tensor], str]:
         """Of a finished range the features by name, `[n, d]`, and the hash of its pixels.
@@ -107,6 +125,9 @@ class RangeMaker:
         made = time.perf_counter()
         features = measure(images)
         measured = time.perf_counter()
+        if self._store.keep_pixels:
+            content = safetensors.torch.save({PIXELS: images.contiguous()})
+            self._store.pixels_place(numbers).write(content)
         digest = hashlib.sha256(images.contiguous().numpy().data).hexdigest()
         content = safetensors.torch.save(features, {PIXELS_SHA256: digest})
         self._store.place(numbers).write(content)

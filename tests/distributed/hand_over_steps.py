@@ -33,7 +33,7 @@ def main() -> None:
         stream=Stream(seed=0, counts=(16,), block_images=16, batch_size=16, lanes=4),
         start=0,
         stop=16,
-        window=16,
+        window_bytes=16,
         checkpoint=None,
         worker_group="group",
         began=0.0,

@@ -1,5 +1,6 @@
 """`cat-ray fid` on a real Ray: any number of workers, killed or not, gives the same bits."""
 
+import hashlib
 import json
 import os
 import re
@@ -88,19 +89,22 @@ def test_workers_and_kills_change_no_bit(job: Path, tmp_path: Path, tiny_job: st
     assert found == pytest.approx(by_hand(tmp_path, tiny_job), rel=1e-3)
 
     folder = tmp_path / "disturbed"
-    changes = ["--set", f"output.folder={folder}", "--set", "workers.count=2"]
+    changes = ["--set", f"output.folder={folder}", "--set", "output.npz=true"]
     driver = subprocess.Popen(
-        [COMMAND, "fid", job, *changes], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [COMMAND, "fid", job, *changes, "--set", "workers.count=2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     until = time.monotonic() + WAIT_SECONDS
-    while len(list(folder.glob("features-*/*"))) < 6:
+    # Five are of the digits.
+    while len(features := list(folder.glob("features-*/*[0-9].safetensors"))) < 6:
         assert driver.poll() is None and time.monotonic() < until, "it was over before the kill"
         time.sleep(0.02)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     assert not list(folder.glob("*.json"))
-    written = {path: path.stat().st_mtime_ns for path in folder.glob("features-*/*")}
-    again = fid(job, "--set", f"output.folder={folder}", "--set", "workers.count=3")
+    written = {path: path.stat().st_mtime_ns for path in features}
+    again = fid(job, *changes, "--set", "workers.count=3")
     assert again.returncode == 0, again.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
@@ -108,6 +112,19 @@ def test_workers_and_kills_change_no_bit(job: Path, tmp_path: Path, tiny_job: st
     assert disturbed["pixels_sha256"] == undisturbed["pixels_sha256"]
     assert disturbed["figures"] == undisturbed["figures"]
     assert np.isfinite(list(disturbed["figures"].values())).all()
+    with np.load(other.with_suffix(".npz")) as npz:
+        images = npz["arr_0"]
+        assert (images.dtype, images.shape) == (np.uint8, (SAMPLES, 32, 32, 3))
+        assert np.array_equal(npz["arr_1"], class_labels("uniform", 0, range(SAMPLES), 10))
+    # The digits are grey: three equal channels.
+    hashes = [
+        hashlib.sha256(
+            np.ascontiguousarray(images[begin : begin + 1000, None, :, :, 0])
+        ).hexdigest()
+        for begin in range(0, SAMPLES, 1000)
+    ]
+    assert hashlib.sha256("".join(hashes).encode()).hexdigest() == disturbed["pixels_sha256"]
+    assert not list(folder.glob("features-*/*.pixels.*"))
     compared = fid("--compare", place, other)
     assert (compared.returncode, compared.stdout.splitlines()[-1]) == (0, "comparable")
 

@@ -90,6 +90,19 @@ def test_a_later_write_replaces_the_whole_file(place):
     assert (place / "file").read() == b"short"
 
 
+def test_a_file_written_in_pieces_is_in_place_once_it_is_whole(place, tmp_path):
+    (place / "folder" / "file").write(b"old")
+    with (place / "folder" / "file").written() as file:
+        file.write(b"new ")
+        assert files(tmp_path / "folder") == {"file": b"old"}
+        file.write(b"content")
+    assert files(tmp_path / "folder") == {"file": b"new content"}
+    with pytest.raises(ZeroDivisionError), (place / "folder" / "file").written() as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert files(tmp_path / "folder") == {"file": b"new content"}
+
+
 def test_folders_come_by_name_and_without_files_or_grandchildren(place):
     for name in ("b/1", "a/1", "a/c/1", "10/1", "9/1", "file"):
         (place / name).write(b"x")
