@@ -159,8 +159,8 @@ def fid(
             _compare_results(compare, endpoint_url)
             return
         from cat_ray.evaluation.fid import fid as measure
-        from cat_ray.evaluation.fid import result_table
         from cat_ray.evaluation.measurement import Measurement
+        from cat_ray.evaluation.result import result_table
 
         result, place = measure(configuration.load(job or "", overrides or (), Measurement))
         if as_json:
@@ -171,7 +171,7 @@ def fid(
 
 
 def _compare_results(places: tuple[str, str], endpoint_url: str | None) -> None:
-    from cat_ray.evaluation.fid import differences, read_result
+    from cat_ray.evaluation.result import differences, read_result
 
     a, b = (read_result(locate(place, endpoint_url)) for place in places)
     lines = list(differences(a, b))

@@ -3,14 +3,10 @@
 import hashlib
 import json
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import ray
 import torch
-from rich.table import Table
 
 from cat_ray.checkpoint.layout import MANIFEST
 from cat_ray.checkpoint.read import read_config, read_state, resolve
@@ -27,6 +23,7 @@ from cat_ray.evaluation.measurement import Measurement
 from cat_ray.evaluation.npz import write_images
 from cat_ray.evaluation.ranges import RangeStore, Speed, digest_of, make_ranges
 from cat_ray.evaluation.reference import read_reference
+from cat_ray.evaluation.result import Result, metric_name
 from cat_ray.evaluation.sampling import class_labels
 from cat_ray.evaluation.statistics import (
     Statistics,
@@ -41,91 +38,103 @@ LEASE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
-class Result:
-    """What was measured, of what, and how.
+class Plan:
+    """A measurement and all that was looked up for it.
 
     Attributes:
-        metric: the name of the distance; another protocol has another name.
-        figures: the distance and what else was measured, by name.
-        protocol: what must be the same for two distances to be comparable.
-        subject: whose samples they are.
-        pixels_sha256: of the samples: equal sets have equal ones.
-        made_with: versions and device.
-        images_per_second: of this call.
+        job: what was asked for.
+        folder: of results and ranges.
+        checkpoint: whose samples they are.
+        config: that it was trained with.
+        featuriser: what images are measured by.
+        side: of the images.
+        channels: of the images.
+        samples: their ranges.
+        reals: the shards' images, or the file of a published reference.
+        reference: a hash of the real images.
     """
 
-    metric: str
-    figures: Mapping[str, float]
-    protocol: Mapping[str, Any]
-    subject: Mapping[str, Any]
-    pixels_sha256: str
-    made_with: Mapping[str, str]
-    images_per_second: Mapping[str, float]
+    job: Measurement
+    folder: Location
+    checkpoint: Location
+    config: Config
+    featuriser: Featuriser
+    side: int
+    channels: int
+    samples: RangeStore
+    reals: RangeStore | Location
+    reference: str
+
+    @property
+    def metric(self) -> str:
+        """What the distance is called."""
+        kind = "shards" if isinstance(self.reals, RangeStore) else "adm"
+        return metric_name(self.job.features.network, kind, self.job.samples.count)
+
+    def place(self, ending: str) -> Location:
+        """A file of the result: other ones for other samples or reals."""
+        whole = f"{self.samples.folder.name} {self.reference}"
+        digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+        return self.folder / f"{self.metric}-{self.checkpoint.name}-{digest}.{ending}"
 
 
 def fid(job: Measurement) -> tuple[Result, Location]:
     """Measures a checkpoint, from the ranges that are there already; returns where the result is.
 
+    What was measured before is only read.
+
     Raises:
         BadInput: checkpoint, weights or reference can't be used.
     """
     storage = job.storage
-    folder = locate(job.output.folder, storage.endpoint_url, storage.region)
     checkpoint = resolve(locate(job.samples.checkpoint, storage.endpoint_url, storage.region))
-    featuriser = Featuriser(**job.features.model_dump())
-    with ExitStack() as around:
-        around.enter_context(lease(checkpoint, LEASE_SECONDS))
-        config = read_config(checkpoint)
-        side, channels = _pixels_of(config, job)
-        source = _samples(job, config, checkpoint)
-        samples = replace(
-            _store(folder, source, featuriser, job.samples.count), keep_pixels=job.output.npz
-        )
-        # What can't be used is found before the work.
-        featuriser.load(torch.device("cpu"))
-        reals = _reals(job, config, folder, featuriser, side, channels)
-        needed = job.workers.count * job.workers.cpus_per_worker
-        around.enter_context(connected(needed, {}))
-        if isinstance(reals, RangeStore):
-            make_ranges(reals, job.workers, "real images")
-        speed = make_ranges(samples, job.workers, "samples")
-        measured = ray.get(
-            ray.remote(num_cpus=1)(_figures).remote(samples, reals, featuriser, channels)
-        )
-    result = _result(job, config, checkpoint, source, measured, side, speed)
-    name = f"{result.metric}-{checkpoint.name}-{samples.folder.name[-8:]}"
+    with lease(checkpoint, LEASE_SECONDS):
+        plan = _planned(job, checkpoint)
+        place, npz = plan.place("json"), plan.place("npz")
+        if place.exists() and (npz.exists() or not job.output.npz):
+            return Result(**json.loads(place.read())), place
+        with connected(job.workers.count * job.workers.cpus_per_worker, {}):
+            if isinstance(plan.reals, RangeStore):
+                make_ranges(plan.reals, job.workers, "real images")
+            speed = make_ranges(plan.samples, job.workers, "samples")
+            # Not here: the features of all images take more memory than a driver should.
+            measured = ray.get(ray.remote(num_cpus=1)(_measured).remote(plan))
+        result = _result(plan, *measured, speed)
     if job.output.npz:
-        _write_npz(folder / f"{name}.npz", samples, source, config.data.num_classes)
-    place = folder / f"{name}.json"
+        _write_npz(npz, plan)
     place.write(json.dumps(asdict(result), indent=1).encode())
     return result, place
 
 
-def _write_npz(place: Location, samples: RangeStore, source: Generated, num_classes: int) -> None:
-    """The samples in ADM's format, which knows colours only; the ranges' own pixels go."""
-    ranges = samples.ranges()
-    side = samples.pixels(ranges[0]).shape[-1]
-    parts = (
-        samples.pixels(numbers).expand(-1, IMAGE_CHANNELS, -1, -1).permute(0, 2, 3, 1).numpy()
-        for numbers in ranges
+def _planned(job: Measurement, checkpoint: Location) -> Plan:
+    """Looks everything up: what can't be used is found before the work."""
+    storage = job.storage
+    folder = locate(job.output.folder, storage.endpoint_url, storage.region)
+    config = read_config(checkpoint)
+    side, channels = _pixels_of(config, job)
+    featuriser = Featuriser(**job.features.model_dump())
+    featuriser.load(torch.device("cpu"))
+    samples = _store(folder, _samples(job, config, checkpoint), featuriser, job.samples.count)
+    place = locate(job.reference, storage.endpoint_url, storage.region)
+    if (place / INDEX_NAME).exists():
+        source = _real_images(job, config, place, side, channels)
+        reals = _store(folder, source, featuriser, source.index.images)
+        reference = reals.folder.name
+    else:
+        reals = place
+        reference = read_reference(place, *featuriser.widths(channels)).sha256
+    return Plan(
+        job=job,
+        folder=folder,
+        checkpoint=checkpoint,
+        config=config,
+        featuriser=featuriser,
+        side=side,
+        channels=channels,
+        samples=replace(samples, keep_pixels=job.output.npz),
+        reals=reals,
+        reference=reference,
     )
-    labels = class_labels(source.labels, source.seed, range(samples.count), num_classes)
-    with place.written() as file:
-        write_images(file, (samples.count, side, side, IMAGE_CHANNELS), parts, labels.numpy())
-    for numbers in ranges:
-        samples.pixels_place(numbers).delete()
-
-
-def metric_name(network: str, reference: str, count: int) -> str:
-    """What a Frechet distance is called: never FID-50K what isn't on 50,000 samples.
-
-    Args:
-        network: of the features.
-        reference: `adm`, a published file, or `shards`.
-        count: samples.
-    """
-    short = f"{count // 1000}k" if count % 1000 == 0 else str(count)
-    return f"fid{short}_{reference}" if network == "inception" else f"{network}{short}_{reference}"
 
 
 def _pixels_of(config: Config, job: Measurement) -> tuple[int, int]:
@@ -162,21 +171,9 @@ def _samples(job: Measurement, config: Config, checkpoint: Location) -> Generate
     )
 
 
-def _reals(
-    job: Measurement,
-    config: Config,
-    folder: Location,
-    featuriser: Featuriser,
-    side: int,
-    channels: int,
-) -> RangeStore | Location:
-    """The shards' images, or the file of a published reference."""
-    storage = job.storage
-    place = locate(job.reference, storage.endpoint_url, storage.region)
-    if not (place / INDEX_NAME).exists():
-        # Its shapes are looked at now, its numbers at the end.
-        read_reference(place, *featuriser.widths(channels))
-        return place
+def _real_images(
+    job: Measurement, config: Config, place: Location, side: int, channels: int
+) -> FromShards:
     index = read_index(place)
     if index.contents != "images":
         raise BadInput(f"reference {place.uri} holds {index.contents}: real images are needed")
@@ -189,9 +186,9 @@ def _reals(
         channels=channels,
         crop=index.resolution is None,
         num_classes=config.data.num_classes,
-        retry_seconds=storage.retry_seconds,
+        retry_seconds=job.storage.retry_seconds,
     )
-    return _store(folder, FromShards(reading, index), featuriser, index.images)
+    return FromShards(reading, index)
 
 
 def _store(
@@ -201,56 +198,60 @@ def _store(
     return RangeStore(folder / name, source, featuriser, count)
 
 
-def _figures(
-    samples: RangeStore, reals: RangeStore | Location, featuriser: Featuriser, channels: int
-) -> tuple[Statistics, dict[str, float], str]:
-    """All numbers, and the hash of the reference."""
-    own = statistics_of(samples)
-    if isinstance(reals, Location):
-        found = read_reference(reals, *featuriser.widths(channels))
-        return own, distances(own, found.pooled, found.spatial), found.sha256
-    theirs = statistics_of(reals)
-    figures = distances(own, theirs.pooled, theirs.spatial)
-    return own, figures | precision_and_recall(samples, reals), theirs.pixels_sha256
+def _measured(plan: Plan) -> tuple[Statistics, dict[str, float]]:
+    """What the samples are like, and all figures."""
+    own = statistics_of(plan.samples)
+    if isinstance(plan.reals, RangeStore):
+        theirs = statistics_of(plan.reals)
+        figures = distances(own, theirs.pooled, theirs.spatial)
+        return own, figures | precision_and_recall(plan.samples, plan.reals)
+    found = read_reference(plan.reals, *plan.featuriser.widths(plan.channels))
+    return own, distances(own, found.pooled, found.spatial)
 
 
-def _result(
-    job: Measurement,
-    config: Config,
-    checkpoint: Location,
-    source: Generated,
-    measured: tuple[Statistics, dict[str, float], str],
-    side: int,
-    speed: Speed,
-) -> Result:
-    own, figures, reference_sha256 = measured
-    asked = job.samples
-    published = "precision" not in figures
-    metric = metric_name(job.features.network, "adm" if published else "shards", asked.count)
+def _write_npz(place: Location, plan: Plan) -> None:
+    """The samples in ADM's format, which knows colours only; the ranges' own pixels go."""
+    store, asked = plan.samples, plan.job.samples
+    parts = (
+        store.pixels(numbers).expand(-1, IMAGE_CHANNELS, -1, -1).permute(0, 2, 3, 1).numpy()
+        for numbers in store.ranges()
+    )
+    classes = plan.config.data.num_classes
+    labels = class_labels(asked.labels, asked.seed, range(asked.count), classes)
+    with place.written() as file:
+        shape = (asked.count, plan.side, plan.side, IMAGE_CHANNELS)
+        write_images(file, shape, parts, labels.numpy())
+    for numbers in store.ranges():
+        store.pixels_place(numbers).delete()
+
+
+def _result(plan: Plan, samples: Statistics, figures: dict[str, float], speed: Speed) -> Result:
+    job, asked = plan.job, plan.job.samples
+    assert isinstance(plan.samples.source, Generated)
     return Result(
-        metric=metric,
+        metric=plan.metric,
         figures=figures,
         protocol={
             "samples": asked.count,
             "labels": asked.labels,
             "truncation": asked.truncation,
-            "side": side,
-            "classes": config.data.num_classes,
+            "side": plan.side,
+            "classes": plan.config.data.num_classes,
             "rounding": "nearest",
             "vae": job.latents.vae,
             "vae_revision": job.latents.revision,
             "features": job.features.network,
             "weights_sha256": job.features.sha256,
-            "reference_sha256": reference_sha256,
+            "reference": plan.reference,
         },
         subject={
-            "checkpoint": checkpoint.uri,
-            "manifest_sha256": source.digest,
-            "images": read_state(checkpoint).images,
-            "decay": source.decay,
+            "checkpoint": plan.checkpoint.uri,
+            "manifest_sha256": plan.samples.source.digest,
+            "images": read_state(plan.checkpoint).images,
+            "decay": plan.samples.source.decay,
             "seed": asked.seed,
         },
-        pixels_sha256=own.pixels_sha256,
+        pixels_sha256=samples.pixels_sha256,
         made_with={
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -259,39 +260,3 @@ def _result(
         },
         images_per_second=speed.per_second(),
     )
-
-
-def result_table(result: Result) -> Table:
-    """The figures, for people."""
-    table = Table(title=f"{result.metric}: {result.subject['images']:,} images seen")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for name, value in result.figures.items():
-        table.add_row(result.metric if name == "frechet" else name, f"{value:.6g}")
-    for name, rate in result.images_per_second.items():
-        what = "images/s, all processes" if name == "all" else f"images/s of a process, {name}"
-        table.add_row(what, f"{rate:,.0f}")
-    return table
-
-
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
-    """Why two results' distances are not comparable, a line for each reason; none if they are."""
-    if a["metric"] != b["metric"]:
-        yield f"metric: {a['metric']}, {b['metric']}"
-    for name in sorted({*a["protocol"], *b["protocol"]}):
-        one, other = a["protocol"].get(name), b["protocol"].get(name)
-        if one != other:
-            yield f"{name}: {one}, {other}"
-
-
-def read_result(place: Location) -> dict[str, Any]:
-    """A result file's content.
-
-    Raises:
-        BadInput: it is none.
-    """
-    try:
-        found = json.loads(place.read())
-        return {name: found[name] for name in ("metric", "figures", "protocol", "subject")}
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"{place.uri} is no result of `cat-ray fid`") from error

@@ -125,6 +125,9 @@ def test_workers_and_kills_change_no_bit(job: Path, tmp_path: Path, tiny_job: st
     ]
     assert hashlib.sha256("".join(hashes).encode()).hexdigest() == disturbed["pixels_sha256"]
     assert not list(folder.glob("features-*/*.pixels.*"))
+    finished = fid(job, *changes)
+    assert finished.returncode == 0 and other.name in finished.stdout.replace("\n", "")
+    assert not list(folder.glob("features-*/*.pixels.*")), "it was made again"
     compared = fid("--compare", place, other)
     assert (compared.returncode, compared.stdout.splitlines()[-1]) == (0, "comparable")
 

@@ -9,11 +9,11 @@ import torch
 from cat_ray.config import load, parse
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.features import Featuriser, grid_means
-from cat_ray.evaluation.fid import differences, metric_name, read_result
 from cat_ray.evaluation.image_sources import FromShards
 from cat_ray.evaluation.inception_score import SPLIT_IMAGES
 from cat_ray.evaluation.measurement import Measurement
 from cat_ray.evaluation.ranges import RANGE_IMAGES, RangeStore, digest_of
+from cat_ray.evaluation.result import differences, metric_name, read_result
 from cat_ray.storage import locate
 
 JOB = """
