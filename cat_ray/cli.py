@@ -179,7 +179,7 @@ def _compare_results(places: tuple[str, str], endpoint_url: str | None) -> None:
         typer.echo("not comparable: " + "; ".join(lines))
         raise typer.Exit(1)
     for place, result in zip(places, (a, b), strict=True):
-        typer.echo(f"{result['metric']} {result['figures']['frechet']:.6g}  {place}")
+        typer.echo(f"{result.metric} {result.figures['frechet']:.6g}  {place}")
     typer.echo("comparable")
 
 

@@ -121,16 +121,12 @@ class Location:
 
     def write(self, content: bytes) -> None:
         """Puts a whole file in place at once: a reader finds the old one or the new one."""
-        with self._explained():
-            local = self.local_path
-            if local is None:
-                with self.filesystem.open_output_stream(self.path) as file:
-                    file.write(content)
-                return
-            local.parent.mkdir(parents=True, exist_ok=True)
-            partial = local.with_name(f".{local.name}.partial")
-            partial.write_bytes(content)
-            partial.replace(local)
+        if self.local_path is None:
+            with self.written() as file:
+                file.write(content)
+            return
+        with self._explained(), self._put_in_place() as target:
+            Path(target).write_bytes(content)
 
     @contextmanager
     def written(self) -> Iterator[NativeFile]:

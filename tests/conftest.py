@@ -13,11 +13,14 @@ from pathlib import Path
 import boto3
 import botocore.exceptions
 import pytest
+import torch
 from torch import Tensor
 
-from cat_ray.checkpoint.layout import State
+from cat_ray.checkpoint.layout import GENERATOR, State, average_group
 from cat_ray.checkpoint.write import CheckpointWriter, Slice
-from cat_ray.storage import Location
+from cat_ray.config import dump, parse
+from cat_ray.model.build import build_generator
+from cat_ray.storage import Location, locate
 
 TINY_JOB = """
 run: {folder: FOLDER/run, total_images: 64}
@@ -69,6 +72,18 @@ def save_checkpoint() -> SaveCheckpoint:
         return saved.location
 
     return save
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, tiny_job: str, save_checkpoint: SaveCheckpoint) -> Location:
+    """A checkpoint of the tiny job with random weights, other ones in each group."""
+    config = parse(tiny_job, "job.yaml")
+    weights = {}
+    for seed, name in enumerate((GENERATOR, average_group(0.9), average_group(0.5))):
+        torch.manual_seed(seed)
+        weights[name] = build_generator(config).state_dict()
+    state = State(32, 0, "digest", dump(config), {"python": "3"})
+    return save_checkpoint(locate(str(tmp_path / "run")), state, weights)
 
 
 def free_port() -> int:

@@ -22,11 +22,10 @@ from cat_ray.evaluation.image_sources import FromShards, Generated
 from cat_ray.evaluation.measurement import Measurement
 from cat_ray.evaluation.npz import write_images
 from cat_ray.evaluation.ranges import RangeStore, Speed, digest_of, make_ranges
-from cat_ray.evaluation.reference import read_reference
-from cat_ray.evaluation.result import Result, metric_name
+from cat_ray.evaluation.reference import Reference, read_reference
+from cat_ray.evaluation.result import Result, metric_name, read_result
 from cat_ray.evaluation.sampling import class_labels
 from cat_ray.evaluation.statistics import (
-    Statistics,
     distances,
     precision_and_recall,
     statistics_of,
@@ -46,24 +45,23 @@ class Plan:
         folder: of results and ranges.
         checkpoint: whose samples they are.
         config: that it was trained with.
-        featuriser: what images are measured by.
         side: of the images.
-        channels: of the images.
         samples: their ranges.
-        reals: the shards' images, or the file of a published reference.
-        reference: a hash of the real images.
+        reals: the shards' images, or what a published file says of them.
     """
 
     job: Measurement
     folder: Location
     checkpoint: Location
     config: Config
-    featuriser: Featuriser
     side: int
-    channels: int
     samples: RangeStore
-    reals: RangeStore | Location
-    reference: str
+    reals: RangeStore | Reference
+
+    @property
+    def reference(self) -> str:
+        """A hash of the real images."""
+        return self.reals.folder.name if isinstance(self.reals, RangeStore) else self.reals.sha256
 
     @property
     def metric(self) -> str:
@@ -92,7 +90,7 @@ def fid(job: Measurement) -> tuple[Result, Location]:
         plan = _planned(job, checkpoint)
         place, npz = plan.place("json"), plan.place("npz")
         if place.exists() and (npz.exists() or not job.output.npz):
-            return Result(**json.loads(place.read())), place
+            return read_result(place), place
         with connected(job.workers.count * job.workers.cpus_per_worker, {}):
             if isinstance(plan.reals, RangeStore):
                 make_ranges(plan.reals, job.workers, "real images")
@@ -119,21 +117,16 @@ def _planned(job: Measurement, checkpoint: Location) -> Plan:
     if (place / INDEX_NAME).exists():
         source = _real_images(job, config, place, side, channels)
         reals = _store(folder, source, featuriser, source.index.images)
-        reference = reals.folder.name
     else:
-        reals = place
-        reference = read_reference(place, *featuriser.widths(channels)).sha256
+        reals = read_reference(place, *featuriser.widths(channels))
     return Plan(
         job=job,
         folder=folder,
         checkpoint=checkpoint,
         config=config,
-        featuriser=featuriser,
         side=side,
-        channels=channels,
         samples=replace(samples, keep_pixels=job.output.npz),
         reals=reals,
-        reference=reference,
     )
 
 
@@ -198,15 +191,14 @@ def _store(
     return RangeStore(folder / name, source, featuriser, count)
 
 
-def _measured(plan: Plan) -> tuple[Statistics, dict[str, float]]:
-    """What the samples are like, and all figures."""
-    own = statistics_of(plan.samples)
-    if isinstance(plan.reals, RangeStore):
-        theirs = statistics_of(plan.reals)
-        figures = distances(own, theirs.pooled, theirs.spatial)
-        return own, figures | precision_and_recall(plan.samples, plan.reals)
-    found = read_reference(plan.reals, *plan.featuriser.widths(plan.channels))
-    return own, distances(own, found.pooled, found.spatial)
+def _measured(plan: Plan) -> tuple[str, dict[str, float]]:
+    """The hash of the samples' pixels, and all figures."""
+    samples, reals = statistics_of(plan.samples), plan.reals
+    theirs = statistics_of(reals) if isinstance(reals, RangeStore) else reals
+    figures = distances(samples, theirs.pooled, theirs.spatial)
+    if isinstance(reals, RangeStore):
+        figures |= precision_and_recall(plan.samples, reals)
+    return samples.pixels_sha256, figures
 
 
 def _write_npz(place: Location, plan: Plan) -> None:
@@ -225,7 +217,7 @@ def _write_npz(place: Location, plan: Plan) -> None:
         store.pixels_place(numbers).delete()
 
 
-def _result(plan: Plan, samples: Statistics, figures: dict[str, float], speed: Speed) -> Result:
+def _result(plan: Plan, pixels_sha256: str, figures: dict[str, float], speed: Speed) -> Result:
     job, asked = plan.job, plan.job.samples
     assert isinstance(plan.samples.source, Generated)
     return Result(
@@ -251,7 +243,7 @@ def _result(plan: Plan, samples: Statistics, figures: dict[str, float], speed: S
             "decay": plan.samples.source.decay,
             "seed": asked.seed,
         },
-        pixels_sha256=samples.pixels_sha256,
+        pixels_sha256=pixels_sha256,
         made_with={
             "torch": torch.__version__,
             "python": platform.python_version(),

@@ -47,10 +47,8 @@ def write_images(
             file.write(np.ascontiguousarray(labels).data)
 
 
-@contextmanager
-def _member(archive: zipfile.ZipFile, name: str) -> Iterator[IO[bytes]]:
-    with archive.open(zipfile.ZipInfo(f"{name}{ENDING}", WRITTEN), "w", force_zip64=True) as file:
-        yield file
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    return archive.open(zipfile.ZipInfo(f"{name}{ENDING}", WRITTEN), "w", force_zip64=True)
 
 
 def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -117,7 +115,8 @@ class Npz:
             BadInput: there is none of that name, or it is cut short.
         """
         found = self.known(array)
-        return np.concatenate(list(self.rows(array, max(1, found.shape[0]))) or [_none(found)])
+        none = np.empty((0, *found.shape[1:]), found.dtype)
+        return np.concatenate([none, *self.rows(array, max(1, found.shape[0]))])
 
     def rows(self, array: str, count: int) -> Iterator[np.ndarray]:
         """An array, so many rows at a time.
@@ -145,7 +144,3 @@ class Npz:
         if array not in self.arrays:
             raise BadInput(f"{self.name} has no {array}, it has {', '.join(sorted(self.arrays))}")
         return self.arrays[array]
-
-
-def _none(array: Array) -> np.ndarray:
-    return np.empty(array.shape, array.dtype)

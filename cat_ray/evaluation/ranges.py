@@ -121,14 +121,14 @@ class RangeMaker:
         numbers = range(row["start"], row["stop"])
         make, measure = self._images, self._features
         began = time.perf_counter()
-        images = make(numbers)
+        images = make(numbers).contiguous()
         made = time.perf_counter()
         features = measure(images)
         measured = time.perf_counter()
         if self._store.keep_pixels:
-            content = safetensors.torch.save({PIXELS: images.contiguous()})
+            content = safetensors.torch.save({PIXELS: images})
             self._store.pixels_place(numbers).write(content)
-        digest = hashlib.sha256(images.contiguous().numpy().data).hexdigest()
+        digest = hashlib.sha256(images.numpy().data).hexdigest()
         content = safetensors.torch.save(features, {PIXELS_SHA256: digest})
         self._store.place(numbers).write(content)
         return {

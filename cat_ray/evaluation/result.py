@@ -59,24 +59,23 @@ def result_table(result: Result) -> Table:
     return table
 
 
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
+def differences(a: Result, b: Result) -> Iterator[str]:
     """Why two results' distances are not comparable, a line for each reason; none if they are."""
-    if a["metric"] != b["metric"]:
-        yield f"metric: {a['metric']}, {b['metric']}"
-    for name in sorted({*a["protocol"], *b["protocol"]}):
-        one, other = a["protocol"].get(name), b["protocol"].get(name)
+    if a.metric != b.metric:
+        yield f"metric: {a.metric}, {b.metric}"
+    for name in sorted({*a.protocol, *b.protocol}):
+        one, other = a.protocol.get(name), b.protocol.get(name)
         if one != other:
             yield f"{name}: {one}, {other}"
 
 
-def read_result(place: Location) -> dict[str, Any]:
-    """A result file's content.
+def read_result(place: Location) -> Result:
+    """What a result file holds.
 
     Raises:
         BadInput: it is none.
     """
     try:
-        found = json.loads(place.read())
-        return {name: found[name] for name in ("metric", "figures", "protocol", "subject")}
-    except (ValueError, TypeError, KeyError) as error:
+        return Result(**json.loads(place.read()))
+    except (ValueError, TypeError) as error:
         raise BadInput(f"{place.uri} is no result of `cat-ray fid`") from error

@@ -16,8 +16,7 @@ import pytest
 import torch
 import yaml
 
-from cat_ray.checkpoint.layout import GENERATOR, State, average_group
-from cat_ray.config import Storage, dump, parse
+from cat_ray.config import Storage, parse
 from cat_ray.data.index import read_index
 from cat_ray.data.prepare import digits, prepare
 from cat_ray.data.read import Reading, read_images
@@ -25,7 +24,7 @@ from cat_ray.evaluation.distance import frechet_distance, moments
 from cat_ray.evaluation.features import grid_means
 from cat_ray.evaluation.sampling import class_labels, latents, sample_stages, to_pixels
 from cat_ray.model.build import build_generator
-from cat_ray.storage import locate
+from cat_ray.storage import Location, locate
 
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))
 SAMPLES = 2500
@@ -33,18 +32,11 @@ WAIT_SECONDS = 300
 
 
 @pytest.fixture
-def job(tmp_path: Path, tiny_job: str, save_checkpoint) -> Path:
+def job(tmp_path: Path, checkpoint: Location) -> Path:
     """A measurement of random weights against digits."""
-    config = parse(tiny_job, "job.yaml")
-    weights = {}
-    for seed, name in enumerate((GENERATOR, average_group(0.9), average_group(0.5))):
-        torch.manual_seed(seed)
-        weights[name] = build_generator(config).state_dict()
-    state = State(32, 0, "digest", dump(config), {"python": "3"})
-    save_checkpoint(locate(str(tmp_path / "run")), state, weights)
     prepare(digits(f"{tmp_path}/shards", Storage()))
     values = {
-        "samples": {"checkpoint": f"{tmp_path}/run", "count": SAMPLES},
+        "samples": {"checkpoint": checkpoint.uri, "count": SAMPLES},
         "features": {"network": "pixels"},
         "reference": f"{tmp_path}/shards",
         "output": {"folder": f"{tmp_path}/undisturbed"},

@@ -1,6 +1,6 @@
 """What a distance is called, what its job must say, and when two may be compared."""
 
-import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from cat_ray.evaluation.image_sources import FromShards
 from cat_ray.evaluation.inception_score import SPLIT_IMAGES
 from cat_ray.evaluation.measurement import Measurement
 from cat_ray.evaluation.ranges import RANGE_IMAGES, RangeStore, digest_of
-from cat_ray.evaluation.result import differences, metric_name, read_result
+from cat_ray.evaluation.result import Result, differences, metric_name, read_result
 from cat_ray.storage import locate
 
 JOB = """
@@ -62,16 +62,19 @@ def test_a_bad_job_is_refused(change, told):
 # Two results.
 
 
-RESULT = {
-    "metric": "fid50k_adm",
-    "figures": {"frechet": 2.0},
-    "protocol": {"samples": 50_000, "labels": "uniform", "vae": None},
-    "subject": {"checkpoint": "a"},
-}
+RESULT = Result(
+    metric="fid50k_adm",
+    figures={"frechet": 2.0},
+    protocol={"samples": 50_000, "labels": "uniform", "vae": None},
+    subject={"checkpoint": "a"},
+    pixels_sha256="",
+    made_with={},
+    images_per_second={},
+)
 
 
 def test_other_subjects_are_comparable():
-    other = RESULT | {"subject": {"checkpoint": "b"}, "figures": {"frechet": 1.0}}
+    other = replace(RESULT, subject={"checkpoint": "b"}, figures={"frechet": 1.0})
     assert list(differences(RESULT, other)) == []
 
 
@@ -84,13 +87,12 @@ def test_other_subjects_are_comparable():
     ],
 )
 def test_another_protocol_is_told_key_by_key(changes, expected):
-    other = copy.deepcopy(RESULT)
-    other["protocol"] |= changes
+    other = replace(RESULT, protocol={**RESULT.protocol, **changes})
     assert list(differences(RESULT, other)) == expected
 
 
 def test_another_metric_is_never_comparable():
-    assert list(differences(RESULT, RESULT | {"metric": "fid5k_adm"})) == [
+    assert list(differences(RESULT, replace(RESULT, metric="fid5k_adm"))) == [
         "metric: fid50k_adm, fid5k_adm"
     ]
 

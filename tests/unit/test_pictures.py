@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cat_ray.checkpoint.layout import GENERATOR, State, average_group
-from cat_ray.config import dump, parse
+from cat_ray.config import parse
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.grid import GAP, grid, stage_grid, to_image, to_png
 from cat_ray.evaluation.pictures import write_pictures
@@ -25,21 +24,9 @@ from cat_ray.evaluation.sampling import (
     to_unit,
 )
 from cat_ray.model.build import build_generator
-from cat_ray.storage import Location, locate
+from cat_ray.storage import locate
 
 SIDE = 32
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path, tiny_job: str, save_checkpoint) -> Location:
-    """A checkpoint of random weights, other ones in each group."""
-    config = parse(tiny_job, "job.yaml")
-    weights = {}
-    for seed, name in enumerate((GENERATOR, average_group(0.9), average_group(0.5))):
-        torch.manual_seed(seed)
-        weights[name] = build_generator(config).state_dict()
-    state = State(32, 0, "digest", dump(config), {"python": "3"})
-    return save_checkpoint(locate(str(tmp_path / "run")), state, weights)
 
 
 def opened(path: Path) -> np.ndarray:
