@@ -10,20 +10,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cat_ray.errors import BadInput
 from cat_ray.model.sizes import SIZES, Size, scales
 from cat_ray.objective.augment import AugmentPolicy
 from cat_ray.objective.consistency import default_stage_weights
+from cat_ray.section import Latents, Section, Storage
 
 REFERENCE_WIDTH = 768
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and strict about its keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Run(Section):
@@ -32,17 +27,6 @@ class Run(Section):
     folder: str
     total_images: int = Field(gt=0)
     seed: int = Field(default=0, ge=0)
-
-
-class Storage(Section):
-    """How s3:// is reached. Credentials come from the standard AWS chain, never from here.
-
-    For `retry_seconds` shards are asked for again of a storage that doesn't answer.
-    """
-
-    endpoint_url: str | None = None
-    region: str | None = None
-    retry_seconds: float = Field(default=300.0, ge=0)
 
 
 class Data(Section):
@@ -69,20 +53,6 @@ class Data(Section):
     window_megabytes: int = Field(default=128, gt=0)
     cache_folder: str | None = None
     cache_gigabytes: float = Field(default=100.0, gt=0)
-
-
-class Latents(Section):
-    """Stable Diffusion's VAE, where the networks work on its latents.
-
-    Shards of images are encoded on the fly; shards of latents need it only to show pictures.
-
-    Attributes:
-        vae: a local folder or a hub name that diffusers can load.
-        revision: the hub's branch, tag or commit.
-    """
-
-    vae: str | None = None
-    revision: str | None = None
 
 
 class ExplicitSize(Section):

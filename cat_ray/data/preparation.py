@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cat_ray.config import Latents, Section, Storage
 from cat_ray.data.latents import REDUCTION
+from cat_ray.section import Latents, Section, Storage
 
 # What packages carry, and how an index tells of it.
 CARRIED = {

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import ray
 
-from cat_ray.config import Storage
 from cat_ray.connection import connected
 from cat_ray.data.contact import SHOWN, contact_sheet, histogram
 from cat_ray.data.encoder import Encoder, Encodings
@@ -32,6 +31,7 @@ from cat_ray.data.tasks import run_tasks
 from cat_ray.errors import BadInput
 from cat_ray.objective.alignment import load_teacher
 from cat_ray.operations.counting import Counting
+from cat_ray.section import Storage
 from cat_ray.storage import Location, locate
 
 RECORDS = "records"

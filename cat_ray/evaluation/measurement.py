@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cat_ray.config import Latents, Section, Storage
+from cat_ray.section import Latents, Section, Storage
 
 
 class Samples(Section):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cat_ray.config import Storage
 from cat_ray.data.prepare import digits, prepare
+from cat_ray.section import Storage
 
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))
 

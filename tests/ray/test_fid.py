@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from cat_ray.config import Storage, parse
+from cat_ray.config import parse
 from cat_ray.data.index import read_index
 from cat_ray.data.prepare import digits, prepare
 from cat_ray.data.read import Reading, read_images
@@ -24,6 +24,7 @@ from cat_ray.evaluation.distance import frechet_distance, moments
 from cat_ray.evaluation.features import grid_means
 from cat_ray.evaluation.sampling import class_labels, latents, sample_stages, to_pixels
 from cat_ray.model.build import build_generator
+from cat_ray.section import Storage
 from cat_ray.storage import Location, locate
 
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))

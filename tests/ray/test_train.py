@@ -15,9 +15,9 @@ import yaml
 
 from cat_ray.checkpoint.layout import STATE, read_manifest
 from cat_ray.checkpoint.read import newest, read_state
-from cat_ray.config import Storage
 from cat_ray.data.prepare import digits, prepare
 from cat_ray.operations.journal import read_rows
+from cat_ray.section import Storage
 from cat_ray.storage import Location, locate
 
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from cat_ray.config import Config, Section, dump, flatten, load, parse
+from cat_ray.config import Config, dump, flatten, load, parse
 from cat_ray.data.preparation import Preparation
 from cat_ray.errors import BadInput
 from cat_ray.model.sizes import SIZES, Size
+from cat_ray.section import Section
 
 FOLDER = Path(__file__).parents[2] / "jobs"
 PREPARATIONS = sorted(FOLDER.glob("prepare_*.yaml"))

@@ -13,7 +13,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from cat_ray.config import Storage, parse
+from cat_ray.config import parse
 from cat_ray.data.carried import mnist
 from cat_ray.data.decode import decode_sample
 from cat_ray.data.index import (
@@ -37,6 +37,7 @@ from cat_ray.data.prepare import (
 from cat_ray.data.read import read_shard
 from cat_ray.data.tar import RawSample, sample_extents
 from cat_ray.errors import BadInput
+from cat_ray.section import Storage
 from cat_ray.storage import Location, locate
 
 Prepared = tuple[Location, Index]

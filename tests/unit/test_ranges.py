@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from cat_ray.config import Storage
 from cat_ray.data.index import Index, read_index
 from cat_ray.data.prepare import digits, prepare
 from cat_ray.data.read import Reading, read_images
@@ -18,6 +17,7 @@ from cat_ray.evaluation.measurement import Workers
 from cat_ray.evaluation.precision_recall import Balls
 from cat_ray.evaluation.ranges import RangeMaker, RangeStore
 from cat_ray.evaluation.statistics import distances, precision_and_recall, statistics_of
+from cat_ray.section import Storage
 from cat_ray.storage import locate
 
 COUNT, SHARD = 2300, 500
