@@ -1,7 +1,7 @@
-"""Where images to be measured come from: a generator, or shards of real ones; by their number."""
+"""Where images to be measured come from, by their number: a generator, or real ones' files."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import Any, Literal, Protocol
 
@@ -12,6 +12,8 @@ from cat_ray.checkpoint.read import load_generator
 from cat_ray.data.index import Extents, Index, read_extents
 from cat_ray.data.latents import load_vae
 from cat_ray.data.read import Part, Reading, part_of, read_parts
+from cat_ray.evaluation.alignment_metrics import alignment_figures
+from cat_ray.evaluation.npz import IMAGES, Npz
 from cat_ray.evaluation.sampling import (
     Truncation,
     class_labels,
@@ -24,14 +26,30 @@ from cat_ray.storage import Location
 
 DECODED_TOGETHER = 16
 
-Images = Callable[[range], Tensor]
+
+@dataclass(frozen=True)
+class Images:
+    """Images of some numbers.
+
+    Attributes:
+        pixels: `[n, c, H, W]` uint8.
+        labels: their classes, `[n]`, where they are known.
+        figures: what else was measured of each while it was made, `[n]`, by name.
+    """
+
+    pixels: Tensor
+    labels: Tensor | None = None
+    figures: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+MakeImages = Callable[[range], Images]
 
 
 class ImageSource(Protocol):
     """Images that have numbers."""
 
-    def load(self, device: torch.device) -> Images:
-        """What gives the images of some numbers, `[n, c, H, W]` uint8."""
+    def load(self, device: torch.device) -> MakeImages:
+        """What gives the images of some numbers."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -67,7 +85,7 @@ class Generated:
         """Everything that the samples follow from."""
         return {name: value for name, value in vars(self).items() if name != "checkpoint"}
 
-    def load(self, device: torch.device) -> Images:
+    def load(self, device: torch.device) -> MakeImages:
         """Loads generator and VAE."""
         generator = load_generator(self.checkpoint, self.decay, device)
         shape = generator.shape
@@ -76,14 +94,15 @@ class Generated:
         if self.truncation:
             truncation = Truncation(self.truncation, class_means(generator, device))
 
-        def images(numbers: range) -> Tensor:
+        def images(numbers: range) -> Images:
             z = latents(self.seed, numbers, shape.latent_width)
             labels = class_labels(self.labels, self.seed, numbers, shape.num_classes)
-            made = sample_stages(generator, z, labels, device, truncation)[-1]
+            stages = sample_stages(generator, z, labels, device, truncation)
+            made = stages[-1]
             if codec is not None:
                 parts = made.split(DECODED_TOGETHER)
                 made = torch.cat([codec.decode(part.to(device)).cpu() for part in parts])
-            return to_pixels(made)
+            return Images(to_pixels(made), labels, alignment_figures(stages))
 
         return images
 
@@ -100,14 +119,15 @@ class FromShards:
         reading = self.reading
         return {"shards": self.index.digest(), "side": reading.resolution, "crop": reading.crop}
 
-    def load(self, device: torch.device) -> Images:
+    def load(self, device: torch.device) -> MakeImages:
         """Nothing but the index of where they lie."""
         del device
         extents = read_extents(self.reading.folder, self.index)
 
-        def images(numbers: range) -> Tensor:
+        def images(numbers: range) -> Images:
             batch = read_parts(self.reading, self._parts(extents, numbers))
-            return torch.from_numpy(batch.content).permute(0, 3, 1, 2)
+            pixels = torch.from_numpy(batch.content).permute(0, 3, 1, 2)
+            return Images(pixels, torch.from_numpy(batch.labels))
 
         return images
 
@@ -121,3 +141,34 @@ class FromShards:
             for _, together in groupby(members, key=lambda member: member // block):
                 found.append(part_of(self.index, extents, block, place, list(together)))
         return found
+
+
+@dataclass(frozen=True)
+class FromNpz:
+    """The images in a file of ADM's format.
+
+    Attributes:
+        place: the file.
+        sha256: of it.
+        channels: of the images. In such a file grey has three equal ones.
+    """
+
+    place: Location
+    sha256: str
+    channels: int
+
+    def identity(self) -> dict[str, Any]:
+        """The file's hash."""
+        return {"npz": self.sha256, "channels": self.channels}
+
+    def load(self, device: torch.device) -> MakeImages:
+        """Nothing: the file is opened for each range."""
+        del device
+
+        def images(numbers: range) -> Images:
+            with self.place.opened() as file:
+                npz = Npz(file, self.place.uri)
+                rows = next(npz.rows(IMAGES, len(numbers), numbers.start))
+            return Images(torch.from_numpy(rows.copy()).permute(0, 3, 1, 2)[:, : self.channels])
+
+        return images

@@ -6,10 +6,8 @@ last block, and TensorFlow 1's resizing to 299 pixels, which aligns corners of p
 their centres. Weights have the names of torch-fidelity's conversion of that graph.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cat_ray.errors import BadInput
+from cat_ray.pretrained import read_weights
 
 SIDE = 299
 POOLED_WIDTH, CLASSES = 2048, 1008
@@ -255,13 +254,7 @@ def load_inception(weights: str, sha256: str) -> Inception:
     Raises:
         BadInput: there is no such file, it has another hash, or holds other weights.
     """
-    try:
-        content = Path(weights).expanduser().read_bytes()
-    except OSError as error:
-        raise BadInput(f"can't read Inception's weights {weights}: {error.strerror}") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256.lower():
-        raise BadInput(f"{weights} has the sha256 {found}, not {sha256}: it is another file")
+    content = read_weights(weights, sha256)
     network = Inception()
     try:
         network.load_state_dict(safetensors.torch.load(content))

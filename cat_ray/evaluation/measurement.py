@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from cat_ray.evaluation.precision_recall import NEIGHBOURS
 from cat_ray.section import Latents, Section, Storage
 
 
@@ -20,7 +21,7 @@ class Samples(Section):
     """
 
     checkpoint: str
-    count: int = Field(default=50_000, ge=2)
+    count: int = Field(default=50_000, gt=NEIGHBOURS)
     seed: int = Field(default=0, ge=0)
     labels: Literal["uniform", "balanced"] = "uniform"
     truncation: float = Field(default=0.0, ge=0.0, le=1.0)
@@ -31,20 +32,23 @@ class Features(Section):
     """What the distance is taken on.
 
     Attributes:
-        network: `inception` is the network of 2015 that FID is defined on; `pixels` needs no
-            weights, and its distance is no FID.
-        weights: Inception's, a local safetensors file.
-        sha256: of that file.
+        network: `inception` is the network of 2015 that FID is defined on, `dinov2` a ViT whose
+            class token makes Stein et al.'s distance; `pixels` needs no weights. What is taken on
+            the last two is no FID, and isn't called one.
+        weights: Inception's safetensors file, or the folder of a DINOv2 with its `config.json`.
+        sha256: of the file, in that folder of `model.safetensors`.
     """
 
-    network: Literal["inception", "pixels"] = "inception"
+    network: Literal["inception", "dinov2", "pixels"] = "inception"
     weights: str | None = None
     sha256: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Features":
-        if self.network == "inception" and not (self.weights and self.sha256):
-            raise ValueError("network inception needs weights and their sha256, see the README")
+        if self.network != "pixels" and not (self.weights and self.sha256):
+            raise ValueError(
+                f"network {self.network} needs weights and their sha256, see the README"
+            )
         return self
 
 
@@ -56,23 +60,29 @@ class Workers(Section):
         cpus_per_worker: cores of each. A sum's rounding depends on them: another number of cores,
             or a GPU, may change the last digits of a sample.
         gpu: a GPU for each.
+        spare: they take what others leave of the cores: none of Ray's, at the lowest priority.
     """
 
     count: int = Field(default=1, gt=0)
     cpus_per_worker: int = Field(default=1, gt=0)
     gpu: bool = False
+    spare: bool = False
 
 
 class Output(Section):
     """What is kept.
 
     Attributes:
-        folder: of results and finished ranges.
+        folder: of results, and of ranges until there is one.
         npz: the samples too, as a file in ADM's format beside the result.
+        png: the samples too, a PNG file for each.
+        shards: the samples too, as WebDataset shards with their index.
     """
 
     folder: str
     npz: bool = False
+    png: bool = False
+    shards: bool = False
 
 
 class Measurement(Section):

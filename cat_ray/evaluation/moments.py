@@ -25,8 +25,8 @@ class FeatureSums:
     scatter: np.ndarray
 
     @classmethod
-    def of(cls, features: np.ndarray) -> "FeatureSums":
-        """Of features `[N, d]`.
+    def of(cls, features: np.ndarray, first: int = 0) -> "FeatureSums":
+        """Of features `[N, d]`; `first` is the number of the first, for messages.
 
         Raises:
             BadInput: one of them is not a finite number.
@@ -36,7 +36,7 @@ class FeatureSums:
         if len(broken):
             raise BadInput(
                 f"{len(broken)} of {len(values)} images have features that are no finite numbers, "
-                f"the first is number {broken[0]}: look at the samples"
+                f"the first is number {first + broken[0]}: look at the samples"
             )
         mean = values.mean(axis=0)
         deviations = values - mean

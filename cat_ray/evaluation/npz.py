@@ -4,6 +4,7 @@
 """
 
 import math
+import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -118,8 +119,8 @@ class Npz:
         none = np.empty((0, *found.shape[1:]), found.dtype)
         return np.concatenate([none, *self.rows(array, max(1, found.shape[0]))])
 
-    def rows(self, array: str, count: int) -> Iterator[np.ndarray]:
-        """An array, so many rows at a time.
+    def rows(self, array: str, count: int, first: int = 0) -> Iterator[np.ndarray]:
+        """An array from its row `first` on, so many rows at a time.
 
         Raises:
             BadInput: there is none of that name, or it is cut short.
@@ -128,7 +129,8 @@ class Npz:
         row_bytes = math.prod(found.shape[1:]) * found.dtype.itemsize
         with self._opened(f"{array}{ENDING}") as content:
             self._header(content, array)
-            for begin in range(0, found.shape[0], count):
+            content.seek(first * row_bytes, os.SEEK_CUR)
+            for begin in range(first, found.shape[0], count):
                 rows = min(count, found.shape[0] - begin)
                 read = content.read(rows * row_bytes)
                 if len(read) < rows * row_bytes:

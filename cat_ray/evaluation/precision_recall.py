@@ -27,17 +27,20 @@ class Balls:
     @classmethod
     def round(cls, features: Tensor) -> "Balls":
         """The balls of a set, which has more than three members."""
-        # The nearest one is the feature itself.
-        radii = [
-            torch.cdist(rows, features).kthvalue(NEIGHBOURS + 1, dim=1).values
-            for rows in features.split(ROWS)
-        ]
+        radii = [reach(rows, features) for rows in features.split(ROWS)]
         return cls(features, torch.cat(radii))
 
     def share_inside(self, features: Tensor) -> float:
         """The share of features `[M, d]` that lie in one of the balls, or on its edge."""
-        inside = [
-            (torch.cdist(rows, self.centres) <= self.radii).any(dim=1)
-            for rows in features.split(ROWS)
-        ]
-        return float(torch.cat(inside).double().mean())
+        return float(torch.cat([self.hold(rows) for rows in features.split(ROWS)]).double().mean())
+
+    def hold(self, rows: Tensor) -> Tensor:
+        """Whether each of some features `[n, d]` lies in one of the balls, `[n]`."""
+        return (torch.cdist(rows, self.centres) <= self.radii).any(dim=1)
+
+
+def reach(rows: Tensor, features: Tensor) -> Tensor:
+    """The distance of some of a set's features `[n, d]` to their third neighbour, `[n]`."""
+    # The nearest one is the feature itself.
+    nearest = torch.cdist(rows, features).topk(NEIGHBOURS + 1, dim=1, largest=False)
+    return nearest.values[:, -1]

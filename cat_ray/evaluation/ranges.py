@@ -7,28 +7,33 @@ job that was interrupted, or goes on with more or fewer processes, ends with the
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 import ray.data
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from cat_ray.data.tasks import rows_of
 from cat_ray.errors import BadInput
-from cat_ray.evaluation.features import Featuriser
-from cat_ray.evaluation.image_sources import Images, ImageSource
+from cat_ray.evaluation.copies import Copies
+from cat_ray.evaluation.features import Featuriser, MakeFeatures
+from cat_ray.evaluation.image_sources import ImageSource, MakeImages
 from cat_ray.evaluation.measurement import Workers
+from cat_ray.evaluation.workers import begin_work, resources_of
 from cat_ray.operations.counting import Counting
 from cat_ray.storage import Location
 
 # Splits of the Inception score are of 5,000 images: whole ranges.
 RANGE_IMAGES = 1000
-PIXELS, PIXELS_SHA256 = "pixels", "pixels_sha256"
+# Once a folder has the statistics of all its ranges, only the first are kept: precision and recall
+# compare with the first 10,000 real images.
+STATISTICS, KEPT_RANGES = "statistics.safetensors", 10
+PIXELS_SHA256, FIGURE = "pixels_sha256", "figure."
+STAGES = ("images", "features", "write")
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,14 @@ class RangeStore:
         source: where the images come from.
         featuriser: what they are measured by.
         count: images in all.
-        keep_pixels: whether the images themselves are kept beside their features.
+        copies: what is kept of the images themselves.
     """
 
     folder: Location
     source: ImageSource
     featuriser: Featuriser
     count: int
-    keep_pixels: bool = False
+    copies: Copies = field(default_factory=Copies)
 
     def ranges(self) -> list[range]:
         """All of them, in order."""
@@ -55,29 +60,22 @@ class RangeStore:
         return [range(begin, min(begin + RANGE_IMAGES, self.count)) for begin in starts]
 
     def due(self) -> list[range]:
-        """Those that aren't there yet."""
-        there = self.folder.sizes().keys()
+        """Those that aren't there yet, and are still needed."""
+        folders = [self.folder, self.copies.png, self.copies.shards]
+        there = {f"{folder.path}/{name}" for folder in folders if folder for name in folder.sizes()}
+        summed_up = (self.folder / STATISTICS).path in there
         return [
             numbers
-            for numbers in self.ranges()
-            if not {place.name for place in self._needed(numbers)} <= there
+            for numbers in self.ranges()[: KEPT_RANGES if summed_up else None]
+            if not {place.path for place in self._needed(numbers)} <= there
         ]
 
     def place(self, numbers: range) -> Location:
         """The file of a range's features."""
         return self.folder / f"images-{numbers.start:09d}-{numbers.stop:09d}.safetensors"
 
-    def pixels_place(self, numbers: range) -> Location:
-        """The file of a range's images, where they are kept."""
-        return self.folder / f"images-{numbers.start:09d}-{numbers.stop:09d}.pixels.safetensors"
-
     def _needed(self, numbers: range) -> list[Location]:
-        pixels = [self.pixels_place(numbers)] if self.keep_pixels else []
-        return [self.place(numbers), *pixels]
-
-    def pixels(self, numbers: range) -> Tensor:
-        """The images of a finished range, `[n, c, H, W]` uint8."""
-        return safetensors.torch.load(self.pixels_place(numbers).read())[PIXELS]
+        return [self.place(numbers), *self.copies.places(self.folder, numbers)]
 
     def read(self, numbers: range) -> tuple[dict[str, Tensor], str]:
         """Of a finished range the features by name, `[n, d]`, and the hash of its pixels.
@@ -102,40 +100,40 @@ class RangeMaker:
     """Holds the networks, and makes ranges; a Ray Data actor."""
 
     def __init__(self, store: RangeStore, workers: Workers):
-        # A sum's rounding depends on the number of threads: it is the job's, not the machine's.
-        torch.set_num_threads(workers.cpus_per_worker)
-        self._device = torch.device("cuda" if workers.gpu else "cpu")
+        self._device = begin_work(workers)
         self._store = store
 
     # Not at once: what goes wrong in a call is told to the user, a failed start is only repeated.
     @cached_property
-    def _images(self) -> Images:
+    def _images(self) -> MakeImages:
         return self._store.source.load(self._device)
 
     @cached_property
-    def _features(self) -> Callable[[Tensor], dict[str, Tensor]]:
+    def _features(self) -> MakeFeatures:
         return self._store.featuriser.load(self._device)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Makes the range of a row, and tells how long each stage of it took, in seconds."""
         numbers = range(row["start"], row["stop"])
         make, measure = self._images, self._features
-        began = time.perf_counter()
-        images = make(numbers).contiguous()
+        clock, began = time.time(), time.perf_counter()
+        images = make(numbers)
         made = time.perf_counter()
-        features = measure(images)
+        features = measure(images.pixels)
+        features |= {f"{FIGURE}{name}": values for name, values in images.figures.items()}
         measured = time.perf_counter()
-        if self._store.keep_pixels:
-            content = safetensors.torch.save({PIXELS: images})
-            self._store.pixels_place(numbers).write(content)
-        digest = hashlib.sha256(images.numpy().data).hexdigest()
+        self._store.copies.write(self._store.folder, numbers, images)
+        digest = hashlib.sha256(images.pixels.contiguous().numpy().data).hexdigest()
         content = safetensors.torch.save(features, {PIXELS_SHA256: digest})
         self._store.place(numbers).write(content)
+        written = time.perf_counter()
         return {
             **row,
+            "began": clock,
+            "ended": clock + written - began,
             "images": made - began,
             "features": measured - made,
-            "write": time.perf_counter() - measured,
+            "write": written - measured,
         }
 
 
@@ -145,11 +143,13 @@ class Speed:
 
     Attributes:
         images: that it made.
-        seconds: from the first process's start to the last range's end.
+        start_seconds: until the first of the processes had loaded its networks.
+        seconds: from then until the last range's end.
         stages: seconds of each stage, over all processes.
     """
 
     images: int
+    start_seconds: float
     seconds: float
     stages: dict[str, float]
 
@@ -172,28 +172,37 @@ def make_ranges(store: RangeStore, workers: Workers, what: str) -> Speed:
     Raises:
         BadInput: the images or the networks can't be had.
     """
-    due, began = store.due(), time.perf_counter()
-    stages = {"images": 0.0, "features": 0.0, "write": 0.0}
-    made = 0
+    due, called = store.due(), time.time()
+    if not due:
+        return Speed(0, 0.0, 0.0, {})
+    rows: list[dict[str, Any]] = []
     total = len(store.ranges())
-    if due:
-        with Counting(f"ranges of {what}", total, done=total - len(due)) as counting:
-            for row in _rows(store, workers, due):
-                made += row["stop"] - row["start"]
-                stages = {name: seconds + row[name] for name, seconds in stages.items()}
-                rate = made / (time.perf_counter() - began)
-                counting.add(f"{rate:,.0f} images/s")
-    return Speed(made, time.perf_counter() - began, stages)
+    with Counting(f"ranges of {what}", total, done=total - len(due)) as counting:
+        for row in _rows(store, workers, due):
+            rows.append(row)
+            counting.add(f"{_speed(rows, called).per_second()['all']:,.0f} images/s")
+    return _speed(rows, called)
+
+
+def _speed(rows: list[dict[str, Any]], called: float) -> Speed:
+    """Of finished ranges, by the clocks of the machines that made them."""
+    began = min(row["began"] for row in rows)
+    return Speed(
+        images=sum(row["stop"] - row["start"] for row in rows),
+        start_seconds=began - called,
+        seconds=max(row["ended"] for row in rows) - began,
+        stages={stage: sum(row[stage] for row in rows) for stage in STAGES},
+    )
 
 
 def _rows(store: RangeStore, workers: Workers, due: list[range]) -> Iterator[dict[str, Any]]:
     rows = [{"start": numbers.start, "stop": numbers.stop} for numbers in due]
+    processes = min(workers.count, len(rows))
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         RangeMaker,
         fn_constructor_kwargs={"store": store, "workers": workers},
-        num_cpus=workers.cpus_per_worker,
-        num_gpus=int(workers.gpu),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(workers.count, len(rows))),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=processes, initial_size=processes),
+        **resources_of(workers),
     )
     return rows_of(dataset)
 

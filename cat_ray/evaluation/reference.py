@@ -6,16 +6,18 @@ features of all training images, `mu_s` and `sigma_s` of the spatial ones, and 1
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.distance import Moments
-from cat_ray.evaluation.npz import Npz
+from cat_ray.evaluation.features import POOLED, SPATIAL
+from cat_ray.evaluation.npz import IMAGES, Npz
 from cat_ray.storage import Location
 
-POOLED, SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
+ARRAYS = {POOLED: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 READ_BYTES = 2**24
 
 
@@ -25,22 +27,22 @@ class Reference:
 
     Attributes:
         sha256: of the file.
-        pooled: moments of the pooled features.
-        spatial: moments of the spatial ones, if the file has any.
+        moments: of the pooled features, and of the spatial ones if file and features have any.
+        images: how many images the file holds beside them.
     """
 
     sha256: str
-    pooled: Moments
-    spatial: Moments | None
+    moments: Mapping[str, Moments]
+    images: int
 
 
-def read_reference(place: Location, pooled_width: int, spatial_width: int) -> Reference:
+def read_reference(place: Location, side: int, widths: Mapping[str, int]) -> Reference:
     """The statistics in a file of ADM's format.
 
     Args:
         place: the npz.
-        pooled_width: of the pooled features.
-        spatial_width: of the spatial ones.
+        side: of the images.
+        widths: of the features, by name.
 
     Raises:
         BadInput: the file can't be read, or is no such file, or of other features.
@@ -51,9 +53,23 @@ def read_reference(place: Location, pooled_width: int, spatial_width: int) -> Re
             digest.update(piece)
         file.seek(0)
         npz = Npz(file, place.uri)
-        pooled = _moments(npz, *POOLED, pooled_width)
-        spatial = _moments(npz, *SPATIAL, spatial_width) if SPATIAL[0] in npz else None
-    return Reference(digest.hexdigest(), pooled, spatial)
+        moments = {
+            name: _moments(npz, *arrays, widths[name])
+            for name, arrays in ARRAYS.items()
+            if name == POOLED or (name in widths and arrays[0] in npz)
+        }
+        images = _images(npz, side) if IMAGES in npz else 0
+    return Reference(digest.hexdigest(), moments, images)
+
+
+def _images(npz: Npz, side: int) -> int:
+    found = npz.known(IMAGES)
+    if (found.dtype, found.shape[1:]) != (np.uint8, (side, side, 3)):
+        raise BadInput(
+            f"{npz.name}: {IMAGES} is {found.dtype} of the shape {found.shape}, the samples are "
+            f"{side} x {side}: it is a reference for other images"
+        )
+    return found.shape[0]
 
 
 def _moments(npz: Npz, mean_name: str, covariance_name: str, width: int) -> Moments:

@@ -10,6 +10,8 @@ from rich.table import Table
 from cat_ray.errors import BadInput
 from cat_ray.storage import Location
 
+METRICS = {"inception": "fid", "dinov2": "fd_dinov2_", "pixels": "pixels"}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -22,7 +24,8 @@ class Result:
         subject: whose samples they are.
         pixels_sha256: of the samples: equal sets have equal ones.
         made_with: versions and device.
-        images_per_second: of this call.
+        images_per_second: of this call, while the processes worked.
+        seconds: that its parts took: the processes' start, the samples, the figures.
     """
 
     metric: str
@@ -32,18 +35,19 @@ class Result:
     pixels_sha256: str
     made_with: Mapping[str, str]
     images_per_second: Mapping[str, float]
+    seconds: Mapping[str, float]
 
 
 def metric_name(network: str, reference: str, count: int) -> str:
     """What a Frechet distance is called: never FID-50K what isn't on 50,000 samples.
 
     Args:
-        network: of the features.
+        network: of the features; only on Inception's it is an FID.
         reference: `adm`, a published file, or `shards`.
         count: samples.
     """
     short = f"{count // 1000}k" if count % 1000 == 0 else str(count)
-    return f"fid{short}_{reference}" if network == "inception" else f"{network}{short}_{reference}"
+    return f"{METRICS[network]}{short}_{reference}"
 
 
 def result_table(result: Result) -> Table:
@@ -56,6 +60,8 @@ def result_table(result: Result) -> Table:
     for name, rate in result.images_per_second.items():
         what = "images/s, all processes" if name == "all" else f"images/s of a process, {name}"
         table.add_row(what, f"{rate:,.0f}")
+    for part, seconds in result.seconds.items():
+        table.add_row(f"seconds, {part}", f"{seconds:,.1f}")
     return table
 
 

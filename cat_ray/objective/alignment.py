@@ -58,8 +58,8 @@ class Teacher(nn.Module):
         return torch.cat([cls, patches], dim=1)
 
 
-def load_teacher(name: str, width: int) -> Teacher:
-    """Loads a DINOv2 by local folder or hub name.
+def load_teacher(name: str, width: int | None = None) -> Teacher:
+    """Loads a DINOv2 by local folder or hub name; of this width, if one is meant.
 
     Raises:
         BadInput: transformers isn't installed, the model can't be loaded, or has another width.
@@ -67,7 +67,7 @@ def load_teacher(name: str, width: int) -> Teacher:
     try:
         from transformers import Dinov2Model
     except ImportError as error:
-        raise BadInput("alignment needs transformers: pip install '.[alignment]'") from error
+        raise BadInput("DINOv2 needs transformers: pip install '.[alignment]'") from error
     kind = kind_of(name)
     try:
         backbone, loaded = Dinov2Model.from_pretrained(
@@ -78,7 +78,7 @@ def load_teacher(name: str, width: int) -> Teacher:
     if loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"])[:3])
         raise BadInput(f"the teacher {name} is not whole, it lacks {missing} ...")
-    if backbone.config.hidden_size != width:
+    if width not in (None, backbone.config.hidden_size):
         raise BadInput(
             f"the teacher {name} has width {backbone.config.hidden_size}, "
             f"objective.alignment.teacher_width says {width}"

@@ -15,13 +15,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from cat_ray.config import parse
+from cat_ray.connection import connected
 from cat_ray.data.index import read_index
 from cat_ray.data.prepare import digits, prepare
 from cat_ray.data.read import Reading, read_images
 from cat_ray.evaluation.distance import frechet_distance, moments
 from cat_ray.evaluation.features import grid_means
+from cat_ray.evaluation.measurement import Workers
+from cat_ray.evaluation.precision_recall import Balls
+from cat_ray.evaluation.precision_recall_tasks import precision_and_recall
 from cat_ray.evaluation.sampling import class_labels, latents, sample_stages, to_pixels
 from cat_ray.model.build import build_generator
 from cat_ray.section import Storage
@@ -72,6 +77,20 @@ def by_hand(tmp_path: Path, tiny_job: str) -> tuple[np.ndarray, float]:
     return samples.numpy(), frechet_distance(*sets)
 
 
+def check_copies(stem: Path, samples: np.ndarray) -> None:
+    """The contact sheet, the PNG files and the shards beside a result, `[N, 1, H, W]`."""
+    sheet = np.asarray(Image.open(stem.with_suffix(".png")))
+    assert np.array_equal(sheet[32:64, 96:128], samples[13, 0])
+    files = sorted(Path(f"{stem}-png").iterdir())
+    assert len(files) == SAMPLES
+    assert np.array_equal(np.asarray(Image.open(files[2042])), samples[2042, 0])
+    folder = locate(f"{stem}-shards")
+    reading = Reading(folder, "images", 32, 1, crop=False, num_classes=10)
+    pixels, labels = read_images(reading, read_index(folder), SAMPLES)
+    assert np.array_equal(pixels[..., 0], samples[:, 0])
+    assert np.array_equal(labels, class_labels("uniform", 0, range(SAMPLES), 10))
+
+
 def test_workers_and_kills_change_no_bit(job: Path, tmp_path: Path, tiny_job: str) -> None:
     alone = fid(job)
     assert alone.returncode == 0, alone.stderr[-3000:]
@@ -82,7 +101,8 @@ def test_workers_and_kills_change_no_bit(job: Path, tmp_path: Path, tiny_job: st
     assert undisturbed["figures"]["frechet"] == pytest.approx(distance, rel=1e-3)
 
     folder = tmp_path / "disturbed"
-    changes = ["--set", f"output.folder={folder}", "--set", "output.npz=true"]
+    output = f"output={{folder: {folder}, npz: true, png: true, shards: true}}"
+    changes = ["--set", output]
     driver = subprocess.Popen(
         [COMMAND, "fid", job, *changes, "--set", "workers.count=2"],
         stdout=subprocess.DEVNULL,
@@ -99,7 +119,10 @@ def test_workers_and_kills_change_no_bit(job: Path, tmp_path: Path, tiny_job: st
     written = {path: path.stat().st_mtime_ns for path in features}
     again = fid(job, *changes, "--set", "workers.count=3")
     assert again.returncode == 0, again.stderr[-3000:]
-    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert "1 of 3 ranges of samples" not in again.stdout, "one was there already"
+    digits_made = {path: at for path, at in written.items() if path.exists()}
+    assert len(digits_made) == 5, "the samples' ranges stay after the result"
+    assert {path: path.stat().st_mtime_ns for path in digits_made} == digits_made
 
     other, disturbed = result(folder)
     assert disturbed["pixels_sha256"] == undisturbed["pixels_sha256"]
@@ -116,10 +139,10 @@ def test_workers_and_kills_change_no_bit(job: Path, tmp_path: Path, tiny_job: st
     starts = range(0, SAMPLES, 1000)
     hashes = [hashlib.sha256(grey[begin : begin + 1000]).hexdigest() for begin in starts]
     assert hashlib.sha256("".join(hashes).encode()).hexdigest() == disturbed["pixels_sha256"]
-    assert not list(folder.glob("features-*/*.pixels.*"))
     finished = fid(job, *changes)
     assert finished.returncode == 0 and other.name in finished.stdout.replace("\n", "")
-    assert not list(folder.glob("features-*/*.pixels.*")), "it was made again"
+    assert "ranges of" not in finished.stdout, "it was made again"
+    check_copies(other.with_suffix(""), grey)
     compared = fid("--compare", place, other)
     assert (compared.returncode, compared.stdout.splitlines()[-1]) == (0, "comparable")
 
@@ -129,3 +152,18 @@ def test_workers_and_kills_change_no_bit(job: Path, tmp_path: Path, tiny_job: st
     refused = fid("--compare", place, other)
     assert refused.returncode == 1
     assert re.search(r"labels: uniform, balanced; samples: 2500, 5000", refused.stdout)
+
+
+def test_precision_and_recall_are_the_same_in_any_number_of_tasks() -> None:
+    random = np.random.default_rng(0)
+    samples, reals = random.normal(size=(2300, 20)), random.normal(size=(1200, 20)) * 1.3
+    one, three = (torch.from_numpy(values) for values in (samples, reals))
+    expected = {
+        "precision": Balls.round(three).share_inside(one),
+        "recall": Balls.round(one).share_inside(three),
+    }
+    assert 0 < expected["precision"] < 1 and 0 < expected["recall"] < 1
+    with connected(2, {}):
+        for count in (1, 3):
+            workers = Workers(count=count, spare=count == 3)
+            assert precision_and_recall(samples, reals, workers) == expected

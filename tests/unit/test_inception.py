@@ -165,7 +165,7 @@ def test_weights_with_another_hash_are_refused(weights, sha256):
 
 
 def test_a_file_that_is_not_there_is_bad_input(tmp_path):
-    with pytest.raises(BadInput, match=r"can't read Inception's weights .*absent: No such file"):
+    with pytest.raises(BadInput, match=r"can't read the weights .*absent: No such file"):
         load_inception(str(tmp_path / "absent"), "")
 
 

@@ -8,11 +8,12 @@ import torch
 
 from cat_ray.config import load, parse
 from cat_ray.errors import BadInput
+from cat_ray.evaluation.copies import Copies, pixels_place
 from cat_ray.evaluation.features import Featuriser, grid_means
 from cat_ray.evaluation.image_sources import FromShards
 from cat_ray.evaluation.inception_score import SPLIT_IMAGES
 from cat_ray.evaluation.measurement import Measurement
-from cat_ray.evaluation.ranges import RANGE_IMAGES, RangeStore, digest_of
+from cat_ray.evaluation.ranges import RANGE_IMAGES, STATISTICS, RangeStore, digest_of
 from cat_ray.evaluation.result import Result, differences, metric_name, read_result
 from cat_ray.storage import locate
 
@@ -33,6 +34,7 @@ PIXELS = Featuriser("pixels")
         ("inception", "adm", 49_999, "fid49999_adm"),
         ("inception", "shards", 50_000, "fid50k_shards"),
         ("pixels", "shards", 50_000, "pixels50k_shards"),
+        ("dinov2", "shards", 50_000, "fd_dinov2_50k_shards"),
     ],
 )
 def test_a_distance_is_called_what_it_is(network, reference, count, name):
@@ -49,6 +51,8 @@ def test_the_offline_job_is_valid_and_measures_50000_samples():
     [
         ("features.network=inception", "needs weights and their sha256"),
         ("features={network: inception, weights: w}", "needs weights and their sha256"),
+        ("features={network: dinov2, weights: w}", "dinov2 needs weights and their sha256"),
+        ("samples.count=3", "greater than 3"),
         ("samples.labels=random", "'uniform' or 'balanced'"),
         ("samples.truncation=1.5", "less than or equal to 1"),
         ("samples.cuont=5", "did you mean samples.count?"),
@@ -70,6 +74,7 @@ RESULT = Result(
     pixels_sha256="",
     made_with={},
     images_per_second={},
+    seconds={},
 )
 
 
@@ -130,6 +135,29 @@ def test_only_what_is_not_there_is_due(tmp_path):
     assert store.due() == [range(0, 1000), range(2000, 3000)]
 
 
+def test_with_statistics_only_the_ranges_of_neighbours_are_due(tmp_path):
+    store = RangeStore(locate(str(tmp_path)), Nothing(), PIXELS, 12_000)
+    (store.folder / STATISTICS).write(b"x")
+    store.place(store.ranges()[3]).write(b"x")
+    assert store.due() == [numbers for numbers in store.ranges()[:10] if numbers.start != 3000]
+
+
+def test_what_lacks_a_copy_that_is_wanted_is_due(tmp_path):
+    place = locate(str(tmp_path))
+    copies = Copies(pixels=100, png=place / "png", shards=place / "shards")
+    store = RangeStore(place / "ranges", Nothing(), PIXELS, 2500, copies)
+    for numbers in store.ranges():
+        store.place(numbers).write(b"x")
+        for copy in copies.places(store.folder, numbers):
+            copy.write(b"x")
+    assert store.due() == []
+    (place / "png" / "001999.png").delete()
+    (place / "shards" / "samples-000002000.tar").delete()
+    pixels_place(store.folder, store.ranges()[0]).delete()
+    assert store.due() == store.ranges()
+    assert len(copies.places(store.folder, store.ranges()[1])) == 2, "pixels of few are wanted"
+
+
 def test_the_name_of_a_store_follows_from_all_but_where_the_weights_lie():
     inception = Featuriser("inception", "a", "1")
     name = digest_of({"seed": 0}, inception, 10)
@@ -148,7 +176,7 @@ def test_the_name_of_a_store_follows_from_all_but_where_the_weights_lie():
 def test_the_offline_features_are_means_of_squares(channels, side):
     images = torch.randint(0, 256, (60, channels, side, side), dtype=torch.uint8)
     features = PIXELS.load(torch.device("cpu"))(images)["pooled"]
-    assert features.shape == (60, PIXELS.widths(channels)[0])
+    assert features.shape == (60, channels * 64)
     square = side // 8
     expected = images[7, -1, -square:, -square:].double().mean() / 255
     assert features[7, -1].item() == pytest.approx(expected.item(), rel=1e-6)

@@ -1,22 +1,31 @@
 """Ranges of images: the same whoever makes them in whatever order, and their statistics."""
 
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cat_ray.data.index import Index, read_index
 from cat_ray.data.prepare import digits, prepare
 from cat_ray.data.read import Reading, read_images
 from cat_ray.errors import BadInput
+from cat_ray.evaluation import statistics
+from cat_ray.evaluation.copies import Copies, pixels_place, read_pixels
 from cat_ray.evaluation.distance import moments
 from cat_ray.evaluation.features import Featuriser, grid_means
-from cat_ray.evaluation.image_sources import FromShards
+from cat_ray.evaluation.image_sources import FromNpz, FromShards
 from cat_ray.evaluation.measurement import Workers
-from cat_ray.evaluation.precision_recall import Balls
-from cat_ray.evaluation.ranges import RangeMaker, RangeStore
-from cat_ray.evaluation.statistics import distances, precision_and_recall, statistics_of
+from cat_ray.evaluation.ranges import STATISTICS, RangeMaker, RangeStore
+from cat_ray.evaluation.statistics import (
+    distances,
+    pooled_features,
+    real_moments,
+    statistics_of,
+)
 from cat_ray.section import Storage
 from cat_ray.storage import locate
 
@@ -66,7 +75,7 @@ def content(folder: Path) -> dict[str, bytes]:
     "numbers", [range(1), range(3, 40), range(490, 510), range(499, 1501), range(COUNT)]
 )
 def test_real_images_have_the_numbers_of_their_order_in_the_shards(source, pixels, numbers):
-    found = source.load(CPU)(numbers)
+    found = source.load(CPU)(numbers).pixels
     assert torch.equal(found, pixels[numbers.start : numbers.stop])
 
 
@@ -92,10 +101,11 @@ def test_the_order_of_the_ranges_changes_no_byte(source, tmp_path):
 def test_statistics_are_those_of_all_features_at_once(source, pixels, tmp_path):
     found = statistics_of(made(store(tmp_path, source), [1, 0, 2]))
     exact = moments(grid_means(pixels).numpy())
-    np.testing.assert_allclose(found.pooled.mean, exact.mean, rtol=1e-12)
-    np.testing.assert_allclose(found.pooled.covariance, exact.covariance, rtol=1e-9, atol=1e-15)
-    assert (found.spatial, found.score) == (None, None)
-    assert distances(found, exact, None)["frechet"] == pytest.approx(0, abs=1e-6)
+    pooled = found.moments["pooled"]
+    np.testing.assert_allclose(pooled.mean, exact.mean, rtol=1e-12)
+    np.testing.assert_allclose(pooled.covariance, exact.covariance, rtol=1e-9, atol=1e-15)
+    assert (list(found.moments), found.score, found.figures) == (["pooled"], None, {})
+    assert distances(found, {"pooled": exact})["frechet"] == pytest.approx(0, abs=1e-6)
 
 
 def test_other_pixels_have_another_hash_though_their_features_are_alike(source, tmp_path):
@@ -105,15 +115,49 @@ def test_other_pixels_have_another_hash_though_their_features_are_alike(source, 
     assert whole.pixels_sha256 == again.pixels_sha256 != fewer.pixels_sha256
 
 
-def test_precision_and_recall_are_on_the_features_of_both(source, pixels, tmp_path):
-    reals, samples = (store(tmp_path / str(count), source, count) for count in (600, 900))
-    found = precision_and_recall(made(samples, [0]), made(reals, [0]))
-    real, sample = grid_means(pixels[:600]).double(), grid_means(pixels[:900]).double()
-    assert found == {
-        "precision": Balls.round(real).share_inside(sample),
-        "recall": Balls.round(sample).share_inside(real),
-    }
-    assert found["recall"] == 1.0 and 0.5 < found["precision"] < 1.0
+def test_real_moments_are_kept_and_most_ranges_go(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "KEPT_RANGES", 1)
+    own = made(store(tmp_path, source), [0, 1, 2])
+    exact = statistics_of(own).moments["pooled"]
+    first = real_moments(own)["pooled"]
+    assert sorted(content(tmp_path)) == [own.place(own.ranges()[0]).name, STATISTICS]
+    for found in (first, real_moments(own)["pooled"]):
+        np.testing.assert_array_equal(found.mean, exact.mean)
+        np.testing.assert_array_equal(found.covariance, exact.covariance)
+    pooled = pooled_features(own, 1)
+    assert (pooled.shape, pooled.dtype) == ((1000, 64), np.float64)
+
+
+def test_an_npzs_images_have_the_numbers_of_their_rows(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "reference.npz", images)
+    place = locate(f"{tmp_path}/reference.npz")
+    own = FromNpz(place, "digest", 3)
+    for numbers in (range(1000), range(1000, 2000), range(2000, COUNT)):
+        expected = images[numbers.start : numbers.stop].transpose(0, 3, 1, 2)
+        np.testing.assert_array_equal(own.load(CPU)(numbers).pixels, expected)
+    grey = FromNpz(place, "digest", 1).load(CPU)(range(1000)).pixels
+    np.testing.assert_array_equal(grey[:, 0], images[:1000, :, :, 0])
+
+
+def test_copies_are_the_images_themselves(source, pixels, tmp_path):
+    place = locate(str(tmp_path))
+    copies = Copies(pixels=1, png=place / "png", shards=place / "shards")
+    own = replace(store(tmp_path / "ranges", source, 1100), copies=copies)
+    made(own, [1, 0])
+    assert own.due() == []
+    assert torch.equal(read_pixels(own.folder, range(1000)), pixels[:1000])
+    assert not pixels_place(own.folder, range(1000, 1100)).exists()
+    files = sorted((tmp_path / "png").iterdir())
+    assert [file.name for file in files] == [f"{number:06d}.png" for number in range(1100)]
+    for number in (0, 999, 1000, 1099):
+        np.testing.assert_array_equal(np.asarray(Image.open(files[number])), pixels[number, 0])
+    labels = source.load(CPU)(range(1100)).labels
+    with tarfile.open(tmp_path / "shards" / "samples-000001000.tar") as shard:
+        assert len(shard.getnames()) == 200
+        held = shard.extractfile("000001003.cls"), shard.extractfile("000001003.png")
+        assert int(held[0].read()) == labels[1003]
+        np.testing.assert_array_equal(np.asarray(Image.open(held[1])), pixels[1003, 0])
 
 
 def test_a_damaged_range_is_named(source, tmp_path):

@@ -10,7 +10,8 @@ from cat_ray.errors import BadInput
 from cat_ray.evaluation.reference import read_reference
 from cat_ray.storage import locate
 
-WIDTH, SPATIAL = 5, 3
+WIDTH, SPATIAL, SIDE = 5, 3, 4
+WIDTHS = {"pooled": WIDTH, "spatial": SPATIAL}
 
 
 def covariance(width: int) -> np.ndarray:
@@ -35,19 +36,33 @@ def saved(folder: Path, values: dict[str, np.ndarray]) -> Path:
 
 def test_both_moments_come_with_the_files_hash(tmp_path):
     path = saved(tmp_path, arrays())
-    found = read_reference(locate(str(path)), WIDTH, SPATIAL)
+    found = read_reference(locate(str(path)), SIDE, WIDTHS)
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert found.spatial is not None
-    np.testing.assert_array_equal(found.pooled.mean, np.arange(WIDTH))
-    np.testing.assert_array_equal(found.pooled.covariance, covariance(WIDTH))
-    np.testing.assert_array_equal(found.spatial.mean, np.arange(SPATIAL))
-    assert found.spatial.mean.dtype == np.float64
+    pooled, spatial = found.moments["pooled"], found.moments["spatial"]
+    np.testing.assert_array_equal(pooled.mean, np.arange(WIDTH))
+    np.testing.assert_array_equal(pooled.covariance, covariance(WIDTH))
+    np.testing.assert_array_equal(spatial.mean, np.arange(SPATIAL))
+    assert spatial.mean.dtype == np.float64
+    assert found.images == 2
 
 
 def test_a_file_needs_no_spatial_features(tmp_path):
     values = arrays()
     del values["mu_s"], values["sigma_s"]
-    assert read_reference(locate(str(saved(tmp_path, values))), WIDTH, SPATIAL).spatial is None
+    assert list(read_reference(locate(str(saved(tmp_path, values))), SIDE, WIDTHS).moments) == [
+        "pooled"
+    ]
+
+
+def test_features_need_not_be_spatial(tmp_path):
+    place = locate(str(saved(tmp_path, arrays())))
+    assert list(read_reference(place, SIDE, {"pooled": WIDTH}).moments) == ["pooled"]
+
+
+def test_a_file_needs_no_images(tmp_path):
+    values = arrays()
+    del values["arr_0"]
+    assert read_reference(locate(str(saved(tmp_path, values))), SIDE, WIDTHS).images == 0
 
 
 skewed = covariance(WIDTH)
@@ -65,12 +80,14 @@ skewed[0, 1] += 1
         ({"sigma": covariance(WIDTH) * np.inf}, "mu or sigma holds no finite numbers"),
         ({"sigma": skewed}, "sigma is no covariance"),
         ({"sigma": -covariance(WIDTH)}, "sigma is no covariance"),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8)}, r"\(2, 8, 8, 3\), the samples are 4 x 4"),
+        ({"arr_0": np.zeros((2, 4, 4, 3))}, "arr_0 is float64 .*: it is a reference for other"),
     ],
 )
 def test_other_statistics_are_refused(tmp_path, changes, told):
     path = saved(tmp_path, arrays() | changes)
     with pytest.raises(BadInput, match=told):
-        read_reference(locate(str(path)), WIDTH, SPATIAL)
+        read_reference(locate(str(path)), SIDE, WIDTHS)
 
 
 @pytest.mark.parametrize("missing", ["mu", "sigma", "sigma_s"])
@@ -78,9 +95,9 @@ def test_a_file_without_statistics_is_refused(tmp_path, missing):
     values = arrays()
     del values[missing]
     with pytest.raises(BadInput, match=f"has no {missing}, it has arr_0"):
-        read_reference(locate(str(saved(tmp_path, values))), WIDTH, SPATIAL)
+        read_reference(locate(str(saved(tmp_path, values))), SIDE, WIDTHS)
 
 
 def test_a_file_that_is_not_there_is_bad_input(tmp_path):
     with pytest.raises(BadInput, match="doesn't exist"):
-        read_reference(locate(str(tmp_path / "absent.npz")), WIDTH, SPATIAL)
+        read_reference(locate(str(tmp_path / "absent.npz")), SIDE, WIDTHS)
