@@ -171,7 +171,7 @@ def fid(
 
 
 def _compare_results(places: tuple[str, str], endpoint_url: str | None) -> None:
-    from cat_ray.evaluation.result import differences, read_result
+    from cat_ray.evaluation.result import FRECHET, differences, read_result
 
     a, b = (read_result(locate(place, endpoint_url)) for place in places)
     lines = list(differences(a, b))
@@ -179,7 +179,7 @@ def _compare_results(places: tuple[str, str], endpoint_url: str | None) -> None:
         typer.echo("not comparable: " + "; ".join(lines))
         raise typer.Exit(1)
     for place, result in zip(places, (a, b), strict=True):
-        typer.echo(f"{result.metric} {result.figures['frechet']:.6g}  {place}")
+        typer.echo(f"{result.metric} {result.figures[FRECHET]:.6g}  {place}")
     typer.echo("comparable")
 
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cat_ray.errors import BadInput
+from cat_ray.evaluation.measurement import BesideTraining
 from cat_ray.model.sizes import SIZES, Size, scales
 from cat_ray.objective.augment import AugmentPolicy
 from cat_ray.objective.consistency import default_stage_weights
@@ -339,12 +340,14 @@ class Evaluation(Section):
     """What is measured of the samples while training.
 
     `classifier` is the offline protocol: a classifier fitted to the real images, spread within a
-    class, recall, and a Frechet distance on principal components of the pixels (not FID).
+    class, recall, and a Frechet distance on principal components of the pixels (not FID). The
+    workers do it themselves; `fid` is what is measured of checkpoints, beside the training.
     """
 
     protocol: Literal["none", "classifier"] = "none"
     every_images: int = Field(default=500_000, gt=0)
     samples: int = Field(default=1000, ge=100)
+    fid: BesideTraining | None = None
 
 
 class Config(Section):
@@ -385,6 +388,12 @@ class Config(Section):
             raise ValueError(
                 f"workers.maximum {self.workers.maximum} is more than "
                 f"optimisation.lanes {self.optimisation.lanes}: a worker needs at least one lane"
+            )
+        beside, save_every = self.evaluation.fid, self.checkpoints.save_every_images
+        if beside is not None and beside.every_images < save_every:
+            raise ValueError(
+                f"evaluation.fid.every_images {beside.every_images} is less than "
+                f"checkpoints.save_every_images {save_every}: only checkpoints can be measured"
             )
         if self.run.total_images % self.optimisation.batch_size:
             batch = self.optimisation.batch_size

@@ -12,6 +12,7 @@ from cat_ray.errors import BadInput
 from cat_ray.storage import Location
 
 LEASE_SECONDS = 3600.0
+BEST = "best.json"
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ def kept(images: list[int], keep: int, every_images: int | None) -> set[int]:
 def drop_old(
     run: Location, keep: int, every_images: int | None = None, committed: Location | None = None
 ) -> None:
-    """Deletes the checkpoints that `kept` leaves out and nobody holds a lease of.
+    """Deletes the checkpoints that `kept` leaves out, are not among the best, and nobody holds a
+    lease of.
 
     What was never committed, or is damaged, goes as well when a committed one is newer. Where the
     storage fails, what is left is deleted the next time.
@@ -55,6 +57,17 @@ def drop_old(
         _drop_old(run, keep, every_images, committed)
     except BadInput as error:
         logger.warning("%s; old checkpoints are deleted after the next save", error)
+
+
+def write_best(run: Location, names: list[str]) -> None:
+    """Makes the checkpoints of these names stay, beside those that `kept` tells; no others."""
+    (run / BEST).write(json.dumps(names).encode())
+
+
+def read_best(run: Location) -> list[str]:
+    """The checkpoints that were measured to be the best, the very best first."""
+    place = run / BEST
+    return json.loads(place.read()) if place.exists() else []
 
 
 @contextmanager
@@ -112,10 +125,11 @@ def _drop_old(
     # Two groups may have come to the same number, one of them with a damaged checkpoint.
     numbers = sorted({images_of(folder.name) for folder in complete})
     staying = kept([images for images in numbers if images <= newest], keep, every_images)
+    best = read_best(run)
     for folder in folders:
         images = images_of(folder.name)
         old = images not in staying if folder in complete else images < newest
-        if images <= newest and old and not leased(folder):
+        if images <= newest and old and folder.name not in best and not leased(folder):
             _delete(folder)
 
 

@@ -8,11 +8,10 @@ from cat_ray.evaluation.precision_recall import NEIGHBOURS
 from cat_ray.section import Latents, Section, Storage
 
 
-class Samples(Section):
-    """Which samples. Each is a function of checkpoint, seed and index, whoever makes it.
+class Drawing(Section):
+    """Which samples of a checkpoint. Each is a function of it, seed and index, whoever makes it.
 
     Attributes:
-        checkpoint: its folder, or a run's for the newest one.
         count: how many.
         seed: of latents and labels.
         labels: `uniform` draws each by chance, `balanced` has all classes equally often.
@@ -20,12 +19,17 @@ class Samples(Section):
         decay: which average of the weights, the first if unset; 0 for the raw ones.
     """
 
-    checkpoint: str
     count: int = Field(default=50_000, gt=NEIGHBOURS)
     seed: int = Field(default=0, ge=0)
     labels: Literal["uniform", "balanced"] = "uniform"
     truncation: float = Field(default=0.0, ge=0.0, le=1.0)
     decay: float | None = Field(default=None, ge=0.0, lt=1.0)
+
+
+class Samples(Drawing):
+    """Which samples of which checkpoint: its folder, or a run's for the newest one."""
+
+    checkpoint: str
 
 
 class Features(Section):
@@ -105,3 +109,24 @@ class Measurement(Section):
     latents: Latents = Latents()
     storage: Storage = Storage()
     workers: Workers = Workers()
+
+
+class BesideTraining(Section):
+    """What is measured of a run's checkpoints while it is trained.
+
+    Attributes:
+        every_images: the first checkpoint at or past each multiple of this is measured, and the
+            last one.
+        samples: which.
+        features: what they are measured by.
+        reference: as of `cat-ray fid`; the run's own shards if unset.
+        workers: who does it, on what the training leaves of the cores if unset.
+        keep_best: how many of the checkpoints with the least distance stay.
+    """
+
+    every_images: int = Field(gt=0)
+    samples: Drawing = Drawing()
+    features: Features
+    reference: str | None = None
+    workers: Workers = Workers(spare=True)
+    keep_best: int = Field(default=1, ge=0)

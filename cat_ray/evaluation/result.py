@@ -10,6 +10,7 @@ from rich.table import Table
 from cat_ray.errors import BadInput
 from cat_ray.storage import Location
 
+FRECHET = "frechet"
 METRICS = {"inception": "fid", "dinov2": "fd_dinov2_", "pixels": "pixels"}
 
 
@@ -56,7 +57,7 @@ def result_table(result: Result) -> Table:
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in result.figures.items():
-        table.add_row(result.metric if name == "frechet" else name, f"{value:.6g}")
+        table.add_row(result.metric if name == FRECHET else name, f"{value:.6g}")
     for name, rate in result.images_per_second.items():
         what = "images/s, all processes" if name == "all" else f"images/s of a process, {name}"
         table.add_row(what, f"{rate:,.0f}")

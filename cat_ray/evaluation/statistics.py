@@ -14,6 +14,7 @@ from cat_ray.evaluation.features import LOGITS, POOLED, SPATIAL
 from cat_ray.evaluation.inception_score import SPLIT_IMAGES, ClassSums, inception_score
 from cat_ray.evaluation.moments import FeatureSums
 from cat_ray.evaluation.ranges import FIGURE, KEPT_RANGES, RANGE_IMAGES, STATISTICS, RangeStore
+from cat_ray.evaluation.result import FRECHET
 
 MEAN, COVARIANCE = ".mean", ".covariance"
 
@@ -48,14 +49,14 @@ def statistics_of(store: RangeStore) -> Statistics:
     for numbers in store.ranges():
         features, pixels_sha256 = store.read(numbers)
         digest.update(pixels_sha256.encode())
-        for name in {POOLED, SPATIAL} & features.keys():
+        for name in [name for name in (POOLED, SPATIAL) if name in features]:
             own = FeatureSums.of(features[name].numpy(), numbers.start)
             sums[name] = sums[name].merged(own) if name in sums else own
         if LOGITS in features:
             classes.append(ClassSums.of(features[LOGITS].numpy()))
-        for name, values in features.items():
+        for name in sorted(features):
             if name.startswith(FIGURE):
-                totals[name.removeprefix(FIGURE)] += float(values.double().sum())
+                totals[name.removeprefix(FIGURE)] += float(features[name].double().sum())
     together = SPLIT_IMAGES // RANGE_IMAGES
     splits = [
         reduce(ClassSums.merged, classes[begin : begin + together])
@@ -100,7 +101,7 @@ def pooled_features(store: RangeStore, ranges: int | None = None) -> np.ndarray:
 def distances(samples: Statistics, reals: Mapping[str, Moments]) -> dict[str, float]:
     """Frechet distances of the samples to real images' moments: `frechet`, and `spatial_frechet`
     where both have spatial features; beside them all figures of the samples alone."""
-    found = {"frechet": frechet_distance(samples.moments[POOLED], reals[POOLED])}
+    found = {FRECHET: frechet_distance(samples.moments[POOLED], reals[POOLED])}
     if SPATIAL in samples.moments.keys() & reals.keys():
         found["spatial_frechet"] = frechet_distance(samples.moments[SPATIAL], reals[SPATIAL])
     if samples.score is not None:

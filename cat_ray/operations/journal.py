@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: `metrics.jsonl` and TensorBoard, local, then uploaded.
+"""What a run writes down as it goes: rows of JSON and TensorBoard, local, then uploaded.
 
 Trackers, where there are any, are told the same numbers.
 """
@@ -13,6 +13,7 @@ from cat_ray.operations.trackers import Tracker
 from cat_ray.storage import Location
 
 METRICS = "metrics.jsonl"
+MEASURED = "measured.jsonl"
 TENSORBOARD = "tensorboard"
 EVENT = "event"
 
@@ -20,8 +21,11 @@ Row = dict[str, Any]
 
 
 def read_rows(run: Location) -> list[Row]:
-    """The rows of a run's `metrics.jsonl`, none if there is no such file yet."""
-    place = run / METRICS
+    """The rows of a run's `metrics.jsonl`, then those of its `measured.jsonl`, if there are any."""
+    return [*_rows(run / METRICS), *_rows(run / MEASURED)]
+
+
+def _rows(place: Location) -> list[Row]:
     if not place.exists():
         return []
     lines = place.read().decode().splitlines()
@@ -30,13 +34,20 @@ def read_rows(run: Location) -> list[Row]:
 
 
 class Journal:
-    """Appends rows of figures; only the first worker has one.
+    """Appends rows of figures to a file that has one writer: `metrics.jsonl` is the first worker's,
+    `measured.jsonl`, of measurements beside the training, the driver's.
 
     Rows past the place where the run goes on are dropped, but for events: their work is done again.
+    Where that is None, all stay.
     """
 
     def __init__(
-        self, run: Location, session: str, images: int, trackers: tuple[Tracker, ...] = ()
+        self,
+        run: Location,
+        session: str,
+        images: int | None,
+        trackers: tuple[Tracker, ...] = (),
+        file: str = METRICS,
     ):
         from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -47,17 +58,23 @@ class Journal:
         staging = Path(tempfile.gettempdir()) / f"cat_ray-{digest}"
         self._folder = run.local_path or staging
         self._folder.mkdir(parents=True, exist_ok=True)
-        rows = read_rows(run)
-        kept = [row for row in rows if row["images"] <= images or row["kind"] == EVENT]
-        (self._folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file, self._suffix = file, f".{session}.{file.split('.')[0]}"
+        kept = [
+            row
+            for row in _rows(run / file)
+            if images is None or row["images"] <= images or row["kind"] == EVENT
+        ]
+        (self._folder / file).write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._tensorboard = SummaryWriter(
-            str(self._folder / TENSORBOARD), purge_step=images + 1, filename_suffix=f".{session}"
+            str(self._folder / TENSORBOARD),
+            purge_step=None if images is None else images + 1,
+            filename_suffix=self._suffix,
         )
 
     def append(self, kind: str, images: int, **values: Any) -> None:
         """Writes a row; its numbers go to TensorBoard, under `kind/name`, and trackers as well."""
         row = {"kind": kind, "session": self._session, "images": images, **values}
-        with (self._folder / METRICS).open("a") as file:
+        with (self._folder / self._file).open("a") as file:
             file.write(json.dumps(row) + "\n")
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         for name, number in numbers.items():
@@ -71,8 +88,8 @@ class Journal:
         self._tensorboard.flush()
         if self._run.local_path is not None:
             return
-        (self._run / METRICS).upload(self._folder / METRICS)
-        for events in (self._folder / TENSORBOARD).glob(f"*.{self._session}"):
+        (self._run / self._file).upload(self._folder / self._file)
+        for events in (self._folder / TENSORBOARD).glob(f"*{self._suffix}"):
             (self._run / TENSORBOARD / events.name).upload(events)
 
     def close(self) -> None:

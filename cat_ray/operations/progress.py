@@ -36,6 +36,11 @@ def describe(row: Row, total_images: int) -> str | None:
             f"recall {row['recall']:.3f}  precision {row['precision']:.3f}  "
             f"Frechet distance (pixel PCA, not FID) {row['frechet_pixel_pca']:.2f}"
         )
+    if row["kind"] == "measured":
+        metric, best = row["metric"], row["checkpoint"] in row["best"][:1]
+        found = [f"{name} {row[name]:.3f}" for name in ("precision", "recall") if name in row]
+        told = "  ".join([f"{metric} {row[metric]:.4g}", *found])
+        return f"{at}  checkpoint measured: {told}{'  the best so far' if best else ''}"
     if row["kind"] == "checkpoint":
         return f"{at}  saved {row['location']} in {row['seconds']:.1f} s"
     if row["kind"] == "broken":
@@ -98,4 +103,5 @@ class Progress:
             line = describe(row, self._total_images)
             if line is not None:
                 self._console.print(line)
-            self._bar.update(self._task, completed=row["images"])
+            if row["kind"] != "measured":
+                self._bar.update(self._task, completed=row["images"])

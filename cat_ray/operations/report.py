@@ -34,6 +34,8 @@ CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("class_accuracy", "within_class_spread", "recall", "precision"),
     ),
     ("Frechet distance on pixel PCA (not FID)", "evaluation", ("frechet_pixel_pca",)),
+    ("Frechet distance of checkpoints", "measured", ("fid", "fd_", "pixels")),
+    ("Precision and recall of checkpoints", "measured", ("precision", "recall")),
     ("Images per second", "train", ("images_per_second",)),
     ("Share of time spent waiting for data", "train", ("data_wait_share",)),
 )
@@ -55,6 +57,7 @@ def write_report(run: Location) -> Location:
     rows = read_rows(run)
     sections = [
         "<h2>Last measurement</h2>" + _evaluations(rows),
+        *_measured(rows),
         f'<h2>Curves</h2><div class="curves">{_curves(rows)}</div>',
         "<h2>The same samples over time</h2>"
         "<p>Each picture shows the stages' outputs side by side, coarse to final; each column is "
@@ -100,6 +103,25 @@ def _evaluations(rows: Sequence[Row]) -> str:
         if name not in hidden
     ]
     return _table([("", "first", "last"), *lines])
+
+
+def _measured(rows: Sequence[Row]) -> list[str]:
+    """What was measured of checkpoints beside the training, with the best one."""
+    found = [row for row in rows if row["kind"] == "measured"]
+    if not found:
+        return []
+    best = found[-1]["best"][:1]
+    lines = [
+        (
+            f"{row['images']:,}",
+            f"{row['metric']} {_number(row[row['metric']])}",
+            *(f"{name} {_number(row[name])}" for name in ("precision", "recall") if name in row),
+            row["checkpoint"],
+            "the best" if row["checkpoint"] in best else "",
+        )
+        for row in found
+    ]
+    return ["<h2>Checkpoints</h2>" + _table([("images",), *lines])]
 
 
 def _events(rows: Sequence[Row]) -> str:

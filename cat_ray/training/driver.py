@@ -87,7 +87,8 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
             logger.warning("%s was trained to its end before: nothing is left to do", run.uri)
         else:
             # Ray sets a handler for SIGTERM as it starts: ours comes after it.
-            with cluster(config), _stopping(run), Progress(run, session, config.run.total_images):
+            progress = Progress(run, session, config.run.total_images)
+            with cluster(config), _stopping(run), progress, _measuring(config, run, session):
                 _fit(config, run, session, still_due, faults)
     except BadInput as error:
         write_outcome(run, "bad input", _images(run), str(error))
@@ -225,6 +226,18 @@ def _fit(
 def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
+
+
+def _measuring(
+    config: Config, run: Location, session: str
+) -> contextlib.AbstractContextManager[object]:
+    """What measures the run's checkpoints, if it is to be done."""
+    if config.evaluation.fid is None:
+        return contextlib.nullcontext()
+    # Not above: Ray Train's controller needn't wait for it.
+    from cat_ray.evaluation.beside import Measuring
+
+    return Measuring(config, run, session)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,11 @@ def ask_to_stop(run: Location) -> None:
     (run / STOP_NAME).write(b"")
 
 
+def stop_is_asked(run: Location) -> bool:
+    """Whether `ask_to_stop` was called."""
+    return (run / STOP_NAME).exists()
+
+
 def forget_stop(run: Location) -> None:
     """Takes back what `ask_to_stop` asked of an earlier call."""
     (run / STOP_NAME).delete()
