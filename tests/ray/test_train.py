@@ -15,6 +15,7 @@ import yaml
 
 from cat_ray.checkpoint.layout import STATE, read_manifest
 from cat_ray.checkpoint.read import newest, read_state
+from cat_ray.checkpoint.retain import read_best
 from cat_ray.data.prepare import digits, prepare
 from cat_ray.operations.journal import read_rows
 from cat_ray.section import Storage
@@ -38,7 +39,9 @@ def tensor_hashes(run: Location) -> dict[str, str]:
     return {record.name: record.sha256 for record in records if record.name != STATE}
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(job_file: Path, tmp_path: Path) -> None:
+def test_neither_a_kill_nor_measurements_beside_it_change_a_run(
+    job_file: Path, tmp_path: Path
+) -> None:
     changes = (
         "run.total_images=320",
         "evaluation={protocol: classifier, every_images: 160, samples: 100}",
@@ -47,6 +50,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(job_file: Path, tmp_pat
     assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
 
     run = locate(f"{tmp_path}/run")
+    fid = "{every_images: 160, samples: {count: 1200}, features: {network: pixels}}"
+    changes = (*changes, f"evaluation.fid={fid}")
     options = [part for change in changes for part in ("--set", change)]
     with (tmp_path / "log").open("w") as log:
         driver = subprocess.Popen(
@@ -75,6 +80,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(job_file: Path, tmp_pat
 
     shown = (tmp_path / "run" / "report.html").read_text()
     assert "2 sessions" in shown
+    last = [row for row in read_rows(run) if row["kind"] == "measured"][-1]
+    assert (last["images"], last["metric"]) == (320, "pixels1200_shards")
+    assert last["pixels1200_shards"] > 0 and last["discrepancy_1"] > 0
+    assert last["best"] == read_best(run) and read_best(run)[0] in shown
+    assert "checkpoint measured: pixels1200_shards" in again.stdout
+    assert list((tmp_path / "run" / "tensorboard").glob("*.measured"))
     finished = train(job_file, *changes)
     assert finished.returncode == 0 and "report.html" in finished.stdout
 

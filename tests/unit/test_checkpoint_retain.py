@@ -16,7 +16,7 @@ from cat_ray.checkpoint.layout import (
     slice_file,
 )
 from cat_ray.checkpoint.read import newest, newest_sound, verify
-from cat_ray.checkpoint.retain import drop_old, images_of, kept
+from cat_ray.checkpoint.retain import drop_old, images_of, kept, write_best
 from cat_ray.checkpoint.write import CheckpointWriter, Slice
 from cat_ray.errors import BadInput
 from cat_ray.storage import Location, locate
@@ -74,6 +74,18 @@ def test_milestones_are_kept_beside_the_newest(run):
         save(run, images)
         drop_old(run, 1, every_images=100)
     assert left(run) == [128, 224, 320]
+
+
+def test_the_best_stay_as_long_as_they_are_the_best(run):
+    for images in (32, 64, 96):
+        save(run, images)
+    write_best(run, [place(run, 32).name])
+    drop_old(run, 1)
+    assert left(run) == [32, 96]
+    write_best(run, [place(run, 96).name])
+    save(run, 128)
+    drop_old(run, 1)
+    assert left(run) == [96, 128]
 
 
 @few
