@@ -148,25 +148,40 @@ def fid(
         tuple[str, str] | None,
         typer.Option(metavar="A B", help="Two result files: may their distances be compared?"),
     ] = None,
+    truncation: Annotated[
+        str,
+        typer.Option(metavar="VALUES", help="Measure at each, as in 0,0.05,0.1: same latents."),
+    ] = "",
     endpoint_url: Endpoint = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
     """Measure a checkpoint's samples against real images; or compare two results."""
     with _speaking_plainly():
-        if (job is None) == (compare is None):
+        if (job is None) == (compare is None) or (truncation and compare):
             raise BadInput("give a job, or --compare and two result files")
         if compare is not None:
             _compare_results(compare, endpoint_url)
             return
-        from cat_ray.evaluation.fid import fid as measure
         from cat_ray.evaluation.measurement import Measurement
-        from cat_ray.evaluation.result import result_table
 
-        result, place = measure(configuration.load(job or "", overrides or (), Measurement))
+        every = [f"samples.truncation={value}" for value in truncation.split(",") if truncation]
+        asked = [[*(overrides or ()), value] for value in every] or [overrides or ()]
+        jobs = [configuration.load(job or "", changes, Measurement) for changes in asked]
+        if truncation:
+            from cat_ray.evaluation.sweep import sweep, sweep_table
+
+            results, place = sweep(jobs)
+            table = sweep_table(results)
+        else:
+            from cat_ray.evaluation.fid import fid as measure
+            from cat_ray.evaluation.result import result_table
+
+            result, place = measure(jobs[0])
+            table = result_table(result)
         if as_json:
             typer.echo(place.read().decode())
         else:
-            Console().print(result_table(result))
+            Console().print(table)
             typer.echo(f"result: {place.uri}")
 
 

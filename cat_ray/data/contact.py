@@ -1,7 +1,6 @@
 """What a preparation shows to a person: how many images each class has, and what they look like."""
 
 import contextlib
-import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -12,6 +11,7 @@ from cat_ray.data.decode import BrokenSample
 from cat_ray.data.preparation import Output
 from cat_ray.data.shard_task import pixels_of
 from cat_ray.data.sources import Encoded
+from cat_ray.evaluation import plot
 from cat_ray.evaluation.grid import grid, to_image, to_png
 
 COLUMNS, SHOWN = 8, 64
@@ -37,6 +37,4 @@ def histogram(class_counts: Sequence[int]) -> bytes:
     axes.bar(range(len(class_counts)), class_counts, width=1.0)
     axes.set_xlabel("class id")
     axes.set_ylabel("images")
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
+    return plot.to_png(figure)

@@ -18,6 +18,7 @@ from cat_ray.checkpoint.retain import images_of, lease, write_best
 from cat_ray.config import Config
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.fid import LEASE_SECONDS, fid
+from cat_ray.evaluation.fid_plan import planned_reals
 from cat_ray.evaluation.measurement import BesideTraining, Measurement, Output, Samples
 from cat_ray.evaluation.result import FRECHET, Result, differences, read_result
 from cat_ray.evaluation.workers import begin_work
@@ -66,6 +67,20 @@ def measurement(
         storage=config.storage,
         workers=asked.workers,
     )
+
+
+def check(config: Config, run: Location) -> None:
+    """Makes sure that a run's checkpoints will be measurable, before hours of training.
+
+    Raises:
+        BadInput: the weights or the reference can't be used, or aren't for such a run.
+    """
+    asked = config.evaluation.fid
+    assert asked is not None
+    try:
+        planned_reals(measurement(config, asked, run, run.uri), config)
+    except BadInput as error:
+        raise BadInput(f"evaluation.fid: {error}") from error
 
 
 def results(run: Location) -> Iterator[Result]:

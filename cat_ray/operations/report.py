@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cat_ray.checkpoint.read import newest, read_state
+from cat_ray.evaluation import plot
 from cat_ray.operations.identity import CONFIG_NAME
 from cat_ray.operations.journal import EVENT, Row, read_rows
 from cat_ray.storage import Location
@@ -146,9 +146,7 @@ def _curves(rows: Sequence[Row]) -> str:
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend(fontsize=8)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=110)
-        figures.append(_image(picture.getvalue(), title))
+        figures.append(_image(plot.to_png(figure, 110), title))
     return "".join(figures)
 
 

@@ -88,7 +88,8 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
         else:
             # Ray sets a handler for SIGTERM as it starts: ours comes after it.
             progress = Progress(run, session, config.run.total_images)
-            with cluster(config), _stopping(run), progress, _measuring(config, run, session):
+            measuring = _measuring(config, run, session)
+            with cluster(config), _stopping(run), progress, measuring:
                 _fit(config, run, session, still_due, faults)
     except BadInput as error:
         write_outcome(run, "bad input", _images(run), str(error))
@@ -231,12 +232,13 @@ def _last_line(error: BaseException) -> str:
 def _measuring(
     config: Config, run: Location, session: str
 ) -> contextlib.AbstractContextManager[object]:
-    """What measures the run's checkpoints, if it is to be done."""
+    """What measures the run's checkpoints, if it is to be done; checks that it can be."""
     if config.evaluation.fid is None:
         return contextlib.nullcontext()
     # Not above: Ray Train's controller needn't wait for it.
-    from cat_ray.evaluation.beside import Measuring
+    from cat_ray.evaluation.beside import Measuring, check
 
+    check(config, run)
     return Measuring(config, run, session)
 
 

@@ -154,6 +154,28 @@ def test_workers_and_kills_change_no_bit(job: Path, tmp_path: Path, tiny_job: st
     assert re.search(r"labels: uniform, balanced; samples: 2500, 5000", refused.stdout)
 
 
+def test_a_sweep_over_truncation_uses_the_same_latents(job: Path, tmp_path: Path) -> None:
+    few = ("--set", "samples.count=200")
+    swept = fid(job, *few, "--truncation", "0.5,0,0.5,1")
+    assert swept.returncode == 0, swept.stderr[-3000:]
+    (place,) = (tmp_path / "undisturbed").glob("truncation-*.json")
+    results = json.loads(place.read_text())
+    assert [found["protocol"]["truncation"] for found in results] == [0, 0.5, 1]
+    # With all styles at the mean of their class there is nothing but the classes.
+    recalls = [found["figures"]["recall"] for found in results]
+    assert len({found["pixels_sha256"] for found in results}) == 3 and recalls[2] == min(recalls)
+    least = min(found["figures"]["frechet"] for found in results)
+    line = next(line for line in swept.stdout.splitlines() if "pixels200_shards │" in line)
+    assert f"{least:.6g}" in line and swept.stdout.count(" *") == 1
+    assert "discrepancy_1" in swept.stdout and "direction_1" in swept.stdout
+    plot = Image.open(place.with_suffix(".png"))
+    assert min(plot.size) > 400
+
+    alone = fid(job, *few, "--set", "samples.truncation=0.5", "--json")
+    assert alone.returncode == 0 and "ranges of" not in alone.stdout, "it was measured again"
+    assert json.loads(alone.stdout) == results[1]
+
+
 def test_precision_and_recall_are_the_same_in_any_number_of_tasks() -> None:
     random = np.random.default_rng(0)
     samples, reals = random.normal(size=(2300, 20)), random.normal(size=(1200, 20)) * 1.3

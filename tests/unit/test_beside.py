@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cat_ray.config import Config, parse
 from cat_ray.errors import BadInput
-from cat_ray.evaluation.beside import Measuring, measurement, next_due, results
+from cat_ray.evaluation.beside import Measuring, check, measurement, next_due, results
 from cat_ray.evaluation.result import Result
 from cat_ray.operations.journal import METRICS, read_rows
 from cat_ray.operations.progress import describe
@@ -74,6 +74,15 @@ def test_the_job_takes_from_the_run_what_it_does_not_say(config, run):
 def test_what_can_never_be_measured_is_refused(tiny_job):
     with pytest.raises(BadInput, match=r"every_images 16 is less than checkpoints\.save_every_im"):
         parse(tiny_job, "job.yaml", [FID.replace("32", "16")])
+
+
+def test_what_cannot_be_measured_is_told_before_the_training(config, run, tmp_path, tiny_job):
+    with pytest.raises(BadInput, match=r"evaluation\.fid: .*shards"):
+        check(config, run)
+    features = f"{{network: inception, weights: {tmp_path}/absent, sha256: abc}}"
+    asked = parse(tiny_job, "job.yaml", [FID.replace("{network: pixels}", features)])
+    with pytest.raises(BadInput, match=r"evaluation\.fid: can't read the weights .*absent"):
+        check(asked, run)
 
 
 def result(run: Location, images: int, distance: float, samples: int = 5) -> Result:

@@ -7,6 +7,7 @@ import sys
 import types
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
@@ -119,39 +120,80 @@ def test_resizing_is_tensorflow_1s():
     torch.testing.assert_close(resize(row, 6)[0, 0], expected.expand(6, 6))
 
 
-def test_all_metrics_are_the_peers_on_5000_images(peer):
+def test_all_metrics_are_the_peers_on_the_features_of_5000_images(peer):
     random = torch.Generator().manual_seed(0)
     mix = torch.randn(WIDTH, WIDTH, generator=random) / WIDTH**0.5
     # As Inception's: never negative, correlated, many of them small.
     real, samples = torch.randn(2, IMAGES, WIDTH, generator=random).matmul(mix).relu().unbind()
     samples = samples * 1.1 + 0.05
     logits = 3 * torch.randn(IMAGES, 100, generator=random)
+    own = Features(real, samples, logits)
+    check_metrics(peer, own, own)
 
+
+@pytest.mark.long
+def test_all_metrics_are_the_peers_on_5000_images(peer, network, weights):
+    images = {"real": pictures(IMAGES), "samples": (pictures(IMAGES, seed=1) * 0.8).byte()}
+    other = extractor(peer, weights, "float32")
+    found: dict[str, dict[str, Tensor]] = {"own": {}, "theirs": {}}
+    for name, whole in images.items():
+        own = [network(part) for part in whole.split(50)]
+        theirs = [other(part) for part in whole.split(50)]
+        found["own"] |= {
+            name: torch.cat([part.pooled for part in own]),
+            "logits": torch.cat([part.logits for part in own]),
+        }
+        found["theirs"] |= {
+            name: torch.cat([part[0] for part in theirs]),
+            "logits": torch.cat([part[1] for part in theirs]),
+        }
+    check_metrics(peer, Features(**found["own"]), Features(**found["theirs"]))
+
+
+@dataclass
+class Features:
+    """Pooled features `[N, d]` of two sets, and logits of the samples, `[N, classes]`."""
+
+    real: Tensor
+    samples: Tensor
+    logits: Tensor
+
+
+def check_metrics(peer: types.SimpleNamespace, own: Features, theirs: Features) -> None:
+    """Of our features by our formulas, and of theirs by theirs."""
     merged: list[FeatureSums] = []
-    for values in (real.numpy(), samples.numpy()):
+    for values in (own.real.numpy(), own.samples.numpy()):
         parts = [FeatureSums.of(part) for part in np.split(values, 10)]
         merged.append(reduce(FeatureSums.merged, parts))
         found, exact = merged[-1].moments(), values.astype(np.float64)
         np.testing.assert_allclose(found.mean, exact.mean(axis=0), rtol=SAME)
         np.testing.assert_allclose(found.covariance, np.cov(exact, rowvar=False), atol=SAME)
 
-    statistics = [peer.metric_fid.fid_features_to_statistics(x.double()) for x in (samples, real)]
-    theirs = peer.metric_fid.fid_statistics_to_metric(*statistics, verbose=False)
+    moments = [
+        peer.metric_fid.fid_features_to_statistics(features.double())
+        for features in (theirs.samples, theirs.real)
+    ]
+    expected = peer.metric_fid.fid_statistics_to_metric(*moments, verbose=False)
     distance = frechet_distance(*(sums.moments() for sums in merged))
-    assert distance == pytest.approx(theirs["frechet_inception_distance"], rel=SAME)
+    assert distance == pytest.approx(expected["frechet_inception_distance"], rel=SAME)
 
-    score = inception_score([ClassSums.of(part) for part in np.split(logits.numpy(), 10)])
-    theirs = peer.metric_isc.isc_features_to_metric(logits, splits=10, shuffle=False)
-    assert score == pytest.approx(theirs["inception_score_mean"], rel=SAME)
+    score = inception_score([ClassSums.of(part) for part in np.split(own.logits.numpy(), 10)])
+    expected = peer.metric_isc.isc_features_to_metric(theirs.logits, splits=10, shuffle=False)
+    assert score == pytest.approx(expected["inception_score_mean"], rel=SAME)
 
-    real, samples = real.double(), samples.double()
-    theirs = peer.metric_prc.prc_features_to_metric(
-        samples, real, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=True, verbose=False
+    expected = peer.metric_prc.prc_features_to_metric(
+        theirs.samples.double(),
+        theirs.real.double(),
+        prc_neighborhood=3,
+        prc_batch_size=1000,
+        save_cpu_ram=True,
+        verbose=False,
     )
+    real, samples = own.real.double(), own.samples.double()
     precision = Balls.round(real).share_inside(samples)
     recall = Balls.round(samples).share_inside(real)
-    assert precision == pytest.approx(theirs["precision"], abs=SAME)
-    assert recall == pytest.approx(theirs["recall"], abs=SAME)
+    assert precision == pytest.approx(expected["precision"], abs=SAME)
+    assert recall == pytest.approx(expected["recall"], abs=SAME)
     assert 0 < precision < 1 and 0 < recall < 1, "the features tell nothing"
 
 
