@@ -86,6 +86,27 @@ def checkpoint(tmp_path: Path, tiny_job: str, save_checkpoint: SaveCheckpoint) -
     return save_checkpoint(locate(str(tmp_path / "run")), state, weights)
 
 
+@pytest.fixture(scope="session")
+def tiny_dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DINOv2 of two narrow layers, 32 wide, with random weights, as a folder on disk."""
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("dinov2")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=224,
+        patch_size=14,
+        # As in trained ones, so that the tokens of different patches differ.
+        layerscale_value=1.0,
+    )
+    backbone = transformers.Dinov2Model(config)
+    torch.nn.init.normal_(backbone.embeddings.position_embeddings)
+    backbone.save_pretrained(path)
+    return path
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as free:

@@ -176,6 +176,28 @@ def test_a_sweep_over_truncation_uses_the_same_latents(job: Path, tmp_path: Path
     assert json.loads(alone.stdout) == results[1]
 
 
+def test_a_published_file_of_the_same_images_is_as_good_as_their_shards(
+    job: Path, tmp_path: Path
+) -> None:
+    folder = locate(f"{tmp_path}/shards")
+    reading = Reading(folder, "images", 32, 1, crop=False, num_classes=10)
+    pixels, _ = read_images(reading, read_index(folder), 5000)
+    exact = moments(grid_means(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy())
+    npz = tmp_path / "reference.npz"
+    np.savez(npz, arr_0=pixels.repeat(3, axis=3), mu=exact.mean, sigma=exact.covariance)
+    few = ("--set", "samples.count=300")
+    of_shards = fid(job, *few, "--json")
+    of_file = fid(job, *few, "--set", f"reference={npz}", "--json")
+    assert (of_shards.returncode, of_file.returncode) == (0, 0), of_file.stderr[-3000:]
+    ours, theirs = (
+        json.loads(done.stdout[done.stdout.index("{") :]) for done in (of_file, of_shards)
+    )
+    assert (ours["metric"], theirs["metric"]) == ("pixels300_adm", "pixels300_shards")
+    assert ours["pixels_sha256"] == theirs["pixels_sha256"]
+    assert ours["figures"] == pytest.approx(theirs["figures"], rel=1e-9)
+    assert {"precision", "recall"} < ours["figures"].keys()
+
+
 def test_precision_and_recall_are_the_same_in_any_number_of_tasks() -> None:
     random = np.random.default_rng(0)
     samples, reals = random.normal(size=(2300, 20)), random.normal(size=(1200, 20)) * 1.3

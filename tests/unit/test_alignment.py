@@ -28,23 +28,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Dinov2 of two narrow layers with random weights, as a folder on disk."""
-    path = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(0)
-    config = transformers.Dinov2Config(
-        hidden_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=224,
-        patch_size=14,
-        # As in trained ones, so that the tokens of different patches differ.
-        layerscale_value=1.0,
-    )
-    backbone = transformers.Dinov2Model(config)
-    nn.init.normal_(backbone.embeddings.position_embeddings)
-    backbone.save_pretrained(path)
-    return path
+def folder(tiny_dinov2: Path) -> Path:
+    return tiny_dinov2
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from cat_ray.config import load, parse
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.copies import Copies, pixels_place
-from cat_ray.evaluation.features import Featuriser, grid_means
+from cat_ray.evaluation.features import Featuriser
 from cat_ray.evaluation.image_sources import FromShards
 from cat_ray.evaluation.inception_score import SPLIT_IMAGES
 from cat_ray.evaluation.measurement import Measurement
@@ -169,15 +168,3 @@ def test_the_name_of_a_store_follows_from_all_but_where_the_weights_lie():
         digest_of({"seed": 0}, inception, 11),
     ]
     assert len({name, *others}) == 5
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("side", [8, 32, 256])
-def test_the_offline_features_are_means_of_squares(channels, side):
-    images = torch.randint(0, 256, (60, channels, side, side), dtype=torch.uint8)
-    features = PIXELS.load(torch.device("cpu"))(images)["pooled"]
-    assert features.shape == (60, channels * 64)
-    square = side // 8
-    expected = images[7, -1, -square:, -square:].double().mean() / 255
-    assert features[7, -1].item() == pytest.approx(expected.item(), rel=1e-6)
-    assert torch.equal(features[3:4], grid_means(images[3:4]))

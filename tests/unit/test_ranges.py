@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
+import scipy.linalg
 import torch
 from PIL import Image
 
@@ -113,6 +115,38 @@ def test_other_pixels_have_another_hash_though_their_features_are_alike(source, 
     again = statistics_of(made(store(tmp_path / "b", source), [0, 1, 2]))
     fewer = statistics_of(made(store(tmp_path / "c", source, COUNT - 1), [0, 1, 2]))
     assert whole.pixels_sha256 == again.pixels_sha256 != fewer.pixels_sha256
+
+
+def adms_distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """As ADM's evaluator takes it of activations, for FID and sFID alike."""
+    (mean, covariance), (other, others) = (
+        (values.mean(axis=0), np.cov(values, rowvar=False)) for values in (ours, theirs)
+    )
+    root = scipy.linalg.sqrtm(covariance @ others).real
+    return np.square(mean - other).sum() + np.trace(covariance + others - 2 * root)
+
+
+def test_fid_and_sfid_are_adms_on_pooled_and_on_spatial_features(source, tmp_path):
+    random = np.random.default_rng(0)
+    sets = []
+    for name, shift in (("samples", 0.3), ("reals", 0.0)):
+        own = store(tmp_path / name, source)
+        parts = []
+        for numbers in own.ranges():
+            features = {
+                "pooled": random.normal(size=(len(numbers), 6)) + shift,
+                "spatial": random.gamma(2.0, size=(len(numbers), 14)) * (1 + shift),
+            }
+            features = {what: values.astype(np.float32) for what, values in features.items()}
+            content = safetensors.numpy.save(features, {"pixels_sha256": "0"})
+            own.place(numbers).write(content)
+            parts.append(features)
+        whole = {what: np.concatenate([part[what] for part in parts]) for what in parts[0]}
+        sets.append((statistics_of(own), {w: v.astype(np.float64) for w, v in whole.items()}))
+    (samples, ours), (reals, theirs) = sets
+    found = distances(samples, reals.moments)
+    for name, what in (("frechet", "pooled"), ("spatial_frechet", "spatial")):
+        assert found[name] == pytest.approx(adms_distance(ours[what], theirs[what]), rel=1e-9)
 
 
 def test_real_moments_are_kept_and_most_ranges_go(source, tmp_path, monkeypatch):
