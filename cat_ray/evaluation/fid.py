@@ -51,7 +51,9 @@ def fid(job: Measurement) -> tuple[Result, Location]:
             for reals in (plan.reals.moments, plan.reals.neighbours):
                 if isinstance(reals, RangeStore):
                     make_ranges(reals, workers, "real images")
-            speed, began = make_ranges(plan.samples, workers, "samples"), time.time()
+            truncation = job.samples.truncation
+            what = f"samples at truncation {truncation:g}" if truncation else "samples"
+            speed, began = make_ranges(plan.samples, workers, what), time.time()
             # Not here: the features of all images take more memory than a driver should. And in a
             # process of its own, which may be of low priority.
             task = ray.remote(max_calls=1, **resources_of(workers) | {"num_gpus": 0})(_measured)

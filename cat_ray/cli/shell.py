@@ -1,0 +1,61 @@
+"""What all commands share: the application, common arguments, and how mistakes are told."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from cat_ray.errors import BadInput, RunFailed, Unfinished
+from cat_ray.storage import Location
+
+app = typer.Typer(
+    name="cat-ray",
+    help="Trains CAT, a one-step multi-stage GAN, on a Ray cluster that may shrink and grow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Endpoint = Annotated[
+    str | None,
+    typer.Option("--endpoint-url", help="S3 endpoint, for s3:// on something else than AWS."),
+]
+Job = Annotated[
+    str, typer.Argument(metavar="JOB", help="A job file, such as jobs/quickstart.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrides a value, as in run.seed=1."),
+]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or a run's for its newest."),
+]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
+
+
+def existing_run(place: Location) -> Location:
+    """The same place.
+
+    Raises:
+        BadInput: it is no run's folder.
+    """
+    from cat_ray.operations.identity import CONFIG_NAME
+
+    if not (place / CONFIG_NAME).exists():
+        raise BadInput(f"{place.uri} is no run folder: it has no {CONFIG_NAME}")
+    return place
+
+
+@contextlib.contextmanager
+def speaking_plainly() -> Iterator[None]:
+    """What was foreseen ends the command with one message and its exit code, no traceback."""
+    try:
+        yield
+    except (BadInput, RunFailed, Unfinished) as error:
+        print(f"cat-ray: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
