@@ -64,7 +64,7 @@ class Workers(Section):
         cpus_per_worker: cores of each. A sum's rounding depends on them: another number of cores,
             or a GPU, may change the last digits of a sample.
         gpu: a GPU for each.
-        spare: they take what others leave of the cores: none of Ray's, at the lowest priority.
+        spare: they take what others leave of the cores, and none of Ray's.
     """
 
     count: int = Field(default=1, gt=0)

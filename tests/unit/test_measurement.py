@@ -1,5 +1,7 @@
 """What a distance is called, what its job must say, and when two may be compared."""
 
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +13,10 @@ from cat_ray.evaluation.copies import Copies, pixels_place
 from cat_ray.evaluation.features import Featuriser
 from cat_ray.evaluation.image_sources import FromShards
 from cat_ray.evaluation.inception_score import SPLIT_IMAGES
-from cat_ray.evaluation.measurement import Measurement
+from cat_ray.evaluation.measurement import Measurement, Workers
 from cat_ray.evaluation.ranges import RANGE_IMAGES, STATISTICS, RangeStore, digest_of
 from cat_ray.evaluation.result import Result, differences, metric_name, read_result
+from cat_ray.evaluation.workers import begin_work
 from cat_ray.storage import locate
 
 JOB = """
@@ -168,3 +171,18 @@ def test_the_name_of_a_store_follows_from_all_but_where_the_weights_lie():
         digest_of({"seed": 0}, inception, 11),
     ]
     assert len({name, *others}) == 5
+
+
+@pytest.mark.parametrize(("spare", "policy"), [(True, os.SCHED_IDLE), (False, os.SCHED_OTHER)])
+def test_what_takes_only_spare_cores_gives_way_to_everybody(spare, policy):
+    found = []
+
+    def work() -> None:
+        begin_work(Workers(spare=spare))
+        found.append(os.sched_getscheduler(0))
+
+    # A policy is a thread's own.
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [policy]
