@@ -56,11 +56,14 @@ def cost(
         from cat_ray.operations.cost import cost_table, summarise, to_json
         from cat_ray.operations.goodput import read_ledger
         from cat_ray.operations.identity import CONFIG_NAME
+        from cat_ray.operations.journal import read_rows
 
         place = existing_run(locate(run, endpoint_url))
         prices = configuration.parse((place / CONFIG_NAME).read().decode(), place.uri).cost
         rates = prices.spot_per_gpu_hour, prices.on_demand_per_gpu_hour
-        summary = summarise(read_ledger(place))
+        measured = [row for row in read_rows(place) if row["kind"] == "measured"]
+        beside_seconds = sum(row["worker_seconds"] for row in measured)
+        summary = summarise(read_ledger(place), beside_seconds=beside_seconds)
         if as_json:
             typer.echo(to_json(summary, *rates))
         else:

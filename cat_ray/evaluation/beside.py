@@ -19,7 +19,13 @@ from cat_ray.config import Config
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.fid import LEASE_SECONDS, fid
 from cat_ray.evaluation.fid_plan import planned_reals
-from cat_ray.evaluation.measurement import BesideTraining, Measurement, Output, Samples
+from cat_ray.evaluation.measurement import (
+    BesideTraining,
+    Measurement,
+    Output,
+    Samples,
+    Workers,
+)
 from cat_ray.evaluation.result import FRECHET, Result, differences, read_result
 from cat_ray.evaluation.workers import begin_work
 from cat_ray.operations.journal import MEASURED, Journal
@@ -88,6 +94,11 @@ def results(run: Location) -> Iterator[Result]:
     for name in sorted((run / RESULTS).sizes()):
         if name.endswith(".json"):
             yield read_result(run / RESULTS / name)
+
+
+def worker_seconds(result: Result, workers: Workers) -> float:
+    """What a measurement took of the cluster; nothing where it took only what was left."""
+    return 0.0 if workers.spare else workers.count * sum(result.seconds.values())
 
 
 class Measuring:
@@ -175,6 +186,7 @@ class Measuring:
             metric=result.metric,
             checkpoint=checkpoint.name,
             best=best,
+            worker_seconds=worker_seconds(result, self._asked.workers),
             **figures,
         )
         journal.close()

@@ -95,11 +95,21 @@ class Saving:
     saved: float
 
 
-def summarise(rows: Iterable[Row], away_seconds: float = AWAY_SECONDS) -> Summary:
-    """Adds up a run's ledger; gaps longer than `away_seconds` between groups were not paid."""
+def summarise(
+    rows: Iterable[Row], away_seconds: float = AWAY_SECONDS, beside_seconds: float = 0.0
+) -> Summary:
+    """Adds up a run's ledger.
+
+    Args:
+        rows: of the ledger.
+        away_seconds: longer gaps between groups were not paid for.
+        beside_seconds: worker-seconds of measurements beside the training.
+    """
     groups = groups_of(rows)
+    seconds = account(groups, away_seconds)
+    seconds["evaluation"] += beside_seconds
     return Summary(
-        seconds=account(groups, away_seconds),
+        seconds=seconds,
         images=groups[-1].images if groups else 0,
         workers=tuple(group.workers for group in groups),
     )

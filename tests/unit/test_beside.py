@@ -1,7 +1,7 @@
 """Which checkpoint is measured next while a run is trained, and by which job."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from cat_ray.config import Config, parse
 from cat_ray.errors import BadInput
-from cat_ray.evaluation.beside import Measuring, check, measurement, next_due, results
+from cat_ray.evaluation.beside import (
+    Measuring,
+    check,
+    measurement,
+    next_due,
+    results,
+    worker_seconds,
+)
+from cat_ray.evaluation.measurement import Workers
 from cat_ray.evaluation.result import Result
 from cat_ray.operations.journal import METRICS, read_rows
 from cat_ray.operations.progress import describe
@@ -113,6 +121,12 @@ def test_the_best_are_of_one_protocol_and_still_there(config, run):
     assert found == [f"images-{images:012d}-3f9a1c" for images in (128, 96)]
 
 
+@pytest.mark.parametrize(("spare", "seconds"), [(True, 0.0), (False, 36.0)])
+def test_only_what_was_taken_from_the_cluster_is_counted(run, spare, seconds):
+    found = replace(result(run, 64, 2.5), seconds={"start": 2.0, "samples": 9.0, "figures": 1.0})
+    assert worker_seconds(found, Workers(count=3, spare=spare)) == seconds
+
+
 def test_a_measurement_is_written_down_by_its_name_and_shown(config, run):
     (run / METRICS).write(b"")
     found = result(run, 64, 2.5)
@@ -120,6 +134,7 @@ def test_a_measurement_is_written_down_by_its_name_and_shown(config, run):
     Measuring(config, run, "a")._write(checkpoint, found, [checkpoint.name])
     (row,) = read_rows(run)
     assert (row["kind"], row["session"], row["images"]) == ("measured", "a", 64)
+    assert row["worker_seconds"] == 0, "nothing is paid for what was left over"
     assert (row["pixels5_shards"], row["recall"]) == (2.5, 0.5) and "frechet" not in row
     assert describe(row, 640) == (
         "       64 images  checkpoint measured: pixels5_shards 2.5  recall 0.500  the best so far"

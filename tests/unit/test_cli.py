@@ -31,6 +31,7 @@ from cat_ray.operations.cost import NO_PRICES
 from cat_ray.operations.drill import Drilled, Recovery
 from cat_ray.operations.goodput import BINS, LEDGER, Row
 from cat_ray.operations.identity import CONFIG_NAME
+from cat_ray.operations.journal import MEASURED
 from cat_ray.storage import Location, locate
 from cat_ray.training import driver
 from cat_ray.training.faults import Fault
@@ -378,6 +379,13 @@ def test_cost_tells_a_script_the_same_as_json(paid, tiny_job, prices, bills):
     content = json.loads(succeed("cost", paid.uri, "--json"))
     assert content["worker_seconds"]["total"] == 3600
     assert {name: each["total"] for name, each in content["bills"].items()} == bills
+
+
+def test_cost_counts_measurements_beside_the_training(paid):
+    rows = [{"kind": "measured", "images": 32 * i, "worker_seconds": 600.0} for i in (1, 2)]
+    (paid / MEASURED).write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    content = json.loads(succeed("cost", paid.uri, "--json"))
+    assert content["worker_seconds"]["total"] == 4800
 
 
 def test_cost_of_a_run_before_its_first_row_is_nothing(run):

@@ -62,6 +62,8 @@ def test_a_summary_adds_up_the_ledger():
         160 / 300,
     )
     assert summarise(rows, away_seconds=59).total == 240
+    beside = summarise(rows, beside_seconds=30.0)
+    assert (beside.seconds["evaluation"], beside.total) == (30, 330)
 
 
 def test_a_bill_is_time_at_a_price_per_worker_and_hour():
