@@ -58,7 +58,7 @@ class Progress:
         run: the run's folder.
         session: the call of the command.
         total_images: the run's length.
-        also: is told all of the run's rows at every look.
+        also: is told all of the run's rows at every look, and which look is the last.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Progress:
         run: Location,
         session: str,
         total_images: int,
-        also: Callable[[Sequence[Row]], None] = lambda rows: None,
+        also: Callable[[Sequence[Row], bool], None] = lambda rows, last: None,
     ):
         self._run = run
         self._also = also
@@ -100,7 +100,7 @@ class Progress:
     ) -> None:
         self._stopped.set()
         self._thread.join()
-        self._show()
+        self._show(last=True)
         self._bar.stop()
 
     def _follow(self) -> None:
@@ -108,9 +108,9 @@ class Progress:
         while not self._stopped.wait(LOCAL_POLL_SECONDS if local else REMOTE_POLL_SECONDS):
             self._show()
 
-    def _show(self) -> None:
+    def _show(self, last: bool = False) -> None:
         rows = read_rows(self._run)
-        self._also(rows)
+        self._also(rows, last)
         for row in rows:
             # After a restart some rows are gone and others come in their place.
             text = json.dumps(row)

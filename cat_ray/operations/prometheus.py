@@ -134,13 +134,16 @@ class Exported:
         self._ledger: list[Point] = []
         self._push_at = self._read_at = 0.0
 
-    def update(self, rows: Sequence[Row]) -> None:
-        """Brings the metrics to what the rows and the ledger tell; seldom, so call it at will."""
+    def update(self, rows: Sequence[Row], last: bool = False) -> None:
+        """Brings the metrics to what the rows and the ledger tell.
+
+        Seldom, so call it at will; but the last call counts.
+        """
         now = time.monotonic()
-        if now < self._push_at:
+        if now < self._push_at and not last:
             return
         self._push_at = now + PUSH_SECONDS
-        if now >= self._read_at:
+        if now >= self._read_at or last:
             self._read_ledger()
         for point in (*points_of_rows(rows, self._session, self._batch_size), *self._ledger):
             self._set(point)
