@@ -133,20 +133,27 @@ class Exported:
         self._counted: dict[str, float] = {}
         self._ledger: list[Point] = []
         self._push_at = self._read_at = 0.0
+        self._given_up = False
 
     def update(self, rows: Sequence[Row], last: bool = False) -> None:
         """Brings the metrics to what the rows and the ledger tell.
 
-        Seldom, so call it at will; but the last call counts.
+        Seldom, so call it at will; but the last call counts. What goes wrong ends the metrics, and
+        nothing else.
         """
         now = time.monotonic()
-        if now < self._push_at and not last:
+        if self._given_up or (now < self._push_at and not last):
             return
         self._push_at = now + PUSH_SECONDS
-        if now >= self._read_at or last:
-            self._read_ledger()
-        for point in (*points_of_rows(rows, self._session, self._batch_size), *self._ledger):
-            self._set(point)
+        try:
+            if now >= self._read_at or last:
+                self._read_ledger()
+            for point in (*points_of_rows(rows, self._session, self._batch_size), *self._ledger):
+                self._set(point)
+        # Whatever it is: the run is worth more than its metrics.
+        except Exception:
+            logger.warning("no more metrics for Prometheus from here on", exc_info=True)
+            self._given_up = True
 
     def _read_ledger(self) -> None:
         began = time.monotonic()

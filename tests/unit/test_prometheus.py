@@ -191,3 +191,12 @@ def test_looking_often_costs_nothing_but_the_end_is_told(exported, monkeypatch) 
     assert told("images_per_second") == [20.0]
     exported.update([trained(64, 40.0)], last=True)
     assert told("images_per_second") == [20.0, 40.0]
+
+
+def test_what_goes_wrong_ends_the_metrics_alone(exported, caplog) -> None:
+    broken = {"kind": "train", "session": "a", "images": 16}
+    for _ in range(2):
+        exported.update([broken])
+    exported.update([trained(64, 20.0)], last=True)
+    assert Told.calls == []
+    assert caplog.text.count("no more metrics") == 1 and "KeyError" in caplog.text
