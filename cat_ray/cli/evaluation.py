@@ -6,14 +6,25 @@ import typer
 from rich.console import Console
 
 from cat_ray import config as configuration
-from cat_ray.cli.shell import AsJson, Checkpoint, Endpoint, Overrides, app, speaking_plainly
+from cat_ray.cli.shell import AsJson, Endpoint, Overrides, app, speaking_plainly
 from cat_ray.errors import BadInput
 from cat_ray.storage import locate
+
+JOB_ENDINGS = (".yaml", ".yml")
 
 
 @app.command()
 def sample(
-    checkpoint: Checkpoint,
+    context: typer.Context,
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT|JOB",
+            help="A checkpoint's folder, a run's for its newest; or a job such as "
+            "jobs/sample.yaml, for many samples in parallel.",
+        ),
+    ],
+    overrides: Overrides = None,
     out: Annotated[str, typer.Option(help="A new or empty folder for the pictures.")] = "samples",
     classes: Annotated[str, typer.Option(help="Class ids, as in 0,3,7; all without this.")] = "",
     count: Annotated[int, typer.Option(min=1, help="Pictures of each class.")] = 4,
@@ -27,8 +38,14 @@ def sample(
     ] = 0.0,
     endpoint_url: Endpoint = None,
 ) -> None:
-    """Make a grid and single PNGs for classes and a seed."""
+    """Make a grid and single PNGs for classes and a seed; or all that a job says."""
     with speaking_plainly():
+        if checkpoint.endswith(JOB_ENDINGS):
+            _refuse_given(context, but=("checkpoint", "overrides"))
+            _make_samples(checkpoint, overrides or [])
+            return
+        if overrides:
+            raise BadInput(f"--set goes with a job, and {checkpoint} is none: use the options")
         from cat_ray.evaluation.pictures import write_pictures
 
         chosen = _numbers(classes)
@@ -82,6 +99,31 @@ def fid(
         else:
             Console().print(table)
             typer.echo(f"result: {place.uri}")
+
+
+def _make_samples(job: str, overrides: list[str]) -> None:
+    from cat_ray.evaluation.measurement import Sampling
+    from cat_ray.evaluation.sample_set import make_samples
+
+    made, place = make_samples(configuration.load(job, overrides, Sampling))
+    rate = made.images_per_second.get("all")
+    told = f", {rate:,.0f} images/s" if rate else ""
+    typer.echo(f"{made.protocol['samples']:,} samples{told}: {place.uri}")
+
+
+def _refuse_given(context: typer.Context, but: tuple[str, ...]) -> None:
+    """Refuses options that were given on the command line."""
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in but
+        # By name: newer releases of typer have a copy of click's enumeration.
+        and getattr(context.get_parameter_source(parameter.name or ""), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise BadInput(
+            f"{', '.join(given)} can't go with a job: say it there, or with --set section.key=value"
+        )
 
 
 def _compare_results(places: tuple[str, str], endpoint_url: str | None) -> None:

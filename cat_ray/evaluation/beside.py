@@ -17,7 +17,7 @@ from cat_ray.checkpoint.layout import FOLDER, read_whole
 from cat_ray.checkpoint.retain import images_of, lease, write_best
 from cat_ray.config import Config
 from cat_ray.errors import BadInput
-from cat_ray.evaluation.fid import LEASE_SECONDS, fid
+from cat_ray.evaluation.fid import fid
 from cat_ray.evaluation.fid_plan import planned_reals
 from cat_ray.evaluation.measurement import (
     BesideTraining,
@@ -27,6 +27,7 @@ from cat_ray.evaluation.measurement import (
     Workers,
 )
 from cat_ray.evaluation.result import FRECHET, Result, differences, read_result
+from cat_ray.evaluation.sample_plan import LEASE_SECONDS
 from cat_ray.evaluation.workers import begin_work
 from cat_ray.operations.journal import MEASURED, Journal
 from cat_ray.storage import Location

@@ -1,25 +1,22 @@
 """`cat-ray fid`: the distance of a checkpoint's samples to real images, with all it depends on."""
 
 import json
-import platform
 import time
 from dataclasses import asdict
-from typing import Any
 
 import ray
-import torch
 
-from cat_ray.checkpoint.read import read_state, resolve
+from cat_ray.checkpoint.read import resolve
 from cat_ray.checkpoint.retain import lease
 from cat_ray.connection import connected
 from cat_ray.evaluation.fid_plan import Plan, planned
-from cat_ray.evaluation.image_sources import Generated
 from cat_ray.evaluation.measurement import Measurement
 from cat_ray.evaluation.outputs import are_there, write_outputs
 from cat_ray.evaluation.precision_recall_tasks import precision_and_recall
 from cat_ray.evaluation.ranges import KEPT_RANGES, RangeStore, Speed, make_ranges
 from cat_ray.evaluation.reference import Reference
 from cat_ray.evaluation.result import Result, read_result
+from cat_ray.evaluation.sample_plan import LEASE_SECONDS
 from cat_ray.evaluation.statistics import (
     distances,
     pooled_features,
@@ -28,9 +25,6 @@ from cat_ray.evaluation.statistics import (
 )
 from cat_ray.evaluation.workers import begin_work, resources_of
 from cat_ray.storage import Location, locate
-
-# A measurement may take a day.
-LEASE_SECONDS = 24 * 3600
 
 
 def fid(job: Measurement) -> tuple[Result, Location]:
@@ -82,39 +76,19 @@ def _measured(plan: Plan) -> tuple[str, dict[str, float]]:
 def _result(
     plan: Plan, pixels_sha256: str, figures: dict[str, float], speed: Speed, seconds: float
 ) -> Result:
-    job, asked = plan.job, plan.job.samples
-    assert isinstance(plan.samples.source, Generated)
-    protocol: dict[str, Any] = {
-        "samples": asked.count,
-        "labels": asked.labels,
-        "truncation": asked.truncation,
-        "side": plan.side,
-        "classes": plan.config.data.num_classes,
-        "rounding": "nearest",
-        "vae": job.latents.vae,
-        "vae_revision": job.latents.revision,
-        "features": job.features.network,
-        "weights_sha256": job.features.sha256,
-        "reference": plan.reals.sha256,
-    }
+    features = plan.job.features
     return Result(
         metric=plan.metric,
         figures=figures,
-        protocol=protocol,
-        subject={
-            "checkpoint": plan.checkpoint.uri,
-            "manifest_sha256": plan.samples.source.digest,
-            "images": read_state(plan.checkpoint).images,
-            "decay": plan.samples.source.decay,
-            "seed": asked.seed,
+        protocol=plan.protocol()
+        | {
+            "features": features.network,
+            "weights_sha256": features.sha256,
+            "reference": plan.reals.sha256,
         },
+        subject=plan.subject(),
         pixels_sha256=pixels_sha256,
-        made_with={
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": "cuda" if job.workers.gpu else "cpu",
-            "cpus_per_worker": str(job.workers.cpus_per_worker),
-        },
+        made_with=plan.made_with(),
         images_per_second=speed.per_second(),
         seconds={"start": speed.start_seconds, "samples": speed.seconds, "figures": seconds},
     )

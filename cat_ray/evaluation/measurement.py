@@ -1,4 +1,5 @@
-"""The typed job of `cat-ray fid`: which samples, measured by what, against which real images."""
+"""The typed jobs of `cat-ray sample` and `cat-ray fid`: which samples, what is kept of them, and
+measured by what, against which real images."""
 
 from typing import Literal
 
@@ -78,9 +79,9 @@ class Output(Section):
 
     Attributes:
         folder: of results, and of ranges until there is one.
-        npz: the samples too, as a file in ADM's format beside the result.
-        png: the samples too, a PNG file for each.
-        shards: the samples too, as WebDataset shards with their index.
+        npz: the samples, as a file in ADM's format beside the result.
+        png: the samples, a PNG file for each.
+        shards: the samples, as WebDataset shards with their index.
     """
 
     folder: str
@@ -89,26 +90,34 @@ class Output(Section):
     shards: bool = False
 
 
-class Measurement(Section):
-    """A job of `cat-ray fid`.
+class Sampling(Section):
+    """A job of `cat-ray sample`.
 
     Attributes:
         samples: which samples.
-        features: what they are measured by.
-        reference: real images: an npz of ADM's, or a folder of image shards.
-        output: where to.
+        output: where to, and in which forms.
         latents: the VAE, where the generator makes latents.
         storage: how s3:// is reached.
         workers: who does it.
     """
 
     samples: Samples
-    features: Features
-    reference: str
     output: Output
     latents: Latents = Latents()
     storage: Storage = Storage()
     workers: Workers = Workers()
+
+
+class Measurement(Sampling):
+    """A job of `cat-ray fid`: the samples are measured as well.
+
+    Attributes:
+        features: what they are measured by.
+        reference: real images: an npz of ADM's, or a folder of image shards.
+    """
+
+    features: Features
+    reference: str
 
 
 class BesideTraining(Section):

@@ -1,21 +1,21 @@
-"""What is left of the samples beside the result: a contact sheet, and the forms asked for."""
+"""What is left of samples: a contact sheet, and the forms asked for."""
 
 from cat_ray.data.index import INDEX_NAME
 from cat_ray.data.indexing import index_shards
 from cat_ray.data.latents import IMAGE_CHANNELS
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.copies import png_place, read_pixels
-from cat_ray.evaluation.fid_plan import SHEET_IMAGES, Plan
 from cat_ray.evaluation.grid import grid, to_image, to_png
 from cat_ray.evaluation.npz import write_images
+from cat_ray.evaluation.sample_plan import SHEET_IMAGES, SamplePlan
 from cat_ray.evaluation.sampling import class_labels
 
 SHEET, NPZ = ".png", ".npz"
 SHEET_COLUMNS = 10
 
 
-def are_there(plan: Plan) -> bool:
-    """Whether the result, and all that was asked for beside it, is whole."""
+def are_there(plan: SamplePlan) -> bool:
+    """Whether the file that tells of them, and all that was asked for beside it, is whole."""
     copies = plan.samples.copies
     places = [plan.place(), plan.place(SHEET)]
     if plan.job.output.npz:
@@ -27,7 +27,7 @@ def are_there(plan: Plan) -> bool:
     return all(place.exists() for place in places)
 
 
-def write_outputs(plan: Plan) -> None:
+def write_outputs(plan: SamplePlan) -> None:
     """Makes of the finished ranges what PNG files don't need; Ray must be connected.
 
     Raises:
@@ -45,7 +45,7 @@ def write_outputs(plan: Plan) -> None:
             raise BadInput(f"the samples' shards are damaged, delete them: {'; '.join(problems)}")
 
 
-def _write_npz(plan: Plan) -> None:
+def _write_npz(plan: SamplePlan) -> None:
     """The samples in ADM's format, which knows colours only."""
     store, asked = plan.samples, plan.job.samples
     parts = (

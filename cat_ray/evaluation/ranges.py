@@ -43,14 +43,14 @@ class RangeStore:
     Attributes:
         folder: theirs.
         source: where the images come from.
-        featuriser: what they are measured by.
+        featuriser: what they are measured by; None where they are only made.
         count: images in all.
         copies: what is kept of the images themselves.
     """
 
     folder: Location
     source: ImageSource
-    featuriser: Featuriser
+    featuriser: Featuriser | None
     count: int
     copies: Copies = field(default_factory=Copies)
 
@@ -110,7 +110,8 @@ class RangeMaker:
 
     @cached_property
     def _features(self) -> MakeFeatures:
-        return self._store.featuriser.load(self._device)
+        featuriser = self._store.featuriser
+        return featuriser.load(self._device) if featuriser else lambda images: {}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Makes the range of a row, and tells how long each stage of it took, in seconds."""
@@ -207,7 +208,8 @@ def _rows(store: RangeStore, workers: Workers, due: list[range]) -> Iterator[dic
     return rows_of(dataset)
 
 
-def digest_of(identity: dict[str, Any], featuriser: Featuriser, count: int) -> str:
+def digest_of(identity: dict[str, Any], featuriser: Featuriser | None, count: int) -> str:
     """A name for the features of so many images: other images or features have another one."""
-    whole = [identity, asdict(featuriser) | {"weights": None}, count]
+    features = asdict(featuriser) | {"weights": None} if featuriser else None
+    whole = [identity, features, count]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]

@@ -186,6 +186,7 @@ class Group:
         workers: how many it had.
         began: unix time.
         ended: its last sign of life, or the beginning of the next group; unix time.
+        start: images of the run that it went on from.
         images: images of the run at its last sign of life.
         kept: work on images beyond these was done again by a later group.
         session: the call of the command that it belongs to.
@@ -195,10 +196,16 @@ class Group:
     workers: int
     began: float
     ended: float
+    start: int
     images: int
     kept: float
     session: str
     rows: tuple[tuple[Row, ...], ...]
+
+    @property
+    def lost_images(self) -> int:
+        """Images that it trained on and a later group did again, as far as it wrote them down."""
+        return int(max(0, self.images - max(self.start, self.kept)))
 
 
 def groups_of(rows: Iterable[Row]) -> list[Group]:
@@ -215,6 +222,7 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
                 workers=workers,
                 began=_began(members),
                 ended=min(members[-1].at, next_began),
+                start=min(row.images for row in members),
                 images=max(row.images for row in members),
                 kept=kept,
                 session=members[0].session,
@@ -224,7 +232,7 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
             )
         )
         next_began = _began(members)
-        kept = min(kept, *(row.images for row in members))
+        kept = min(kept, groups[-1].start)
     return groups[::-1]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -51,10 +52,24 @@ def describe(row: Row, total_images: int) -> str | None:
 
 
 class Progress:
-    """Follows the rows that a session writes, from a thread, for as long as the block lasts."""
+    """Follows the rows that a session writes, from a thread, for as long as the block lasts.
 
-    def __init__(self, run: Location, session: str, total_images: int):
+    Args:
+        run: the run's folder.
+        session: the call of the command.
+        total_images: the run's length.
+        also: is told all of the run's rows at every look, and which look is the last.
+    """
+
+    def __init__(
+        self,
+        run: Location,
+        session: str,
+        total_images: int,
+        also: Callable[[Sequence[Row], bool], None] = lambda rows, last: None,
+    ):
         self._run = run
+        self._also = also
         self._session = session
         self._total_images = total_images
         self._shown: set[str] = set()
@@ -85,7 +100,7 @@ class Progress:
     ) -> None:
         self._stopped.set()
         self._thread.join()
-        self._show()
+        self._show(last=True)
         self._bar.stop()
 
     def _follow(self) -> None:
@@ -93,8 +108,10 @@ class Progress:
         while not self._stopped.wait(LOCAL_POLL_SECONDS if local else REMOTE_POLL_SECONDS):
             self._show()
 
-    def _show(self) -> None:
-        for row in read_rows(self._run):
+    def _show(self, last: bool = False) -> None:
+        rows = read_rows(self._run)
+        self._also(rows, last)
+        for row in rows:
             # After a restart some rows are gone and others come in their place.
             text = json.dumps(row)
             if row["session"] != self._session or text in self._shown:

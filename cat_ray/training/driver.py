@@ -32,6 +32,7 @@ from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
 from cat_ray.operations.identity import claim
 from cat_ray.operations.outcome import forget_outcome, write_outcome
 from cat_ray.operations.progress import Progress
+from cat_ray.operations.prometheus import Exported
 from cat_ray.storage import Location, locate
 from cat_ray.training import elasticity
 from cat_ray.training.elasticity import (
@@ -87,7 +88,8 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
             logger.warning("%s was trained to its end before: nothing is left to do", run.uri)
         else:
             # Ray sets a handler for SIGTERM as it starts: ours comes after it.
-            progress = Progress(run, session, config.run.total_images)
+            exported = _exported(config, run, session)
+            progress = Progress(run, session, config.run.total_images, exported.update)
             measuring = _measuring(config, run, session)
             with cluster(config), _stopping(run), progress, measuring:
                 _fit(config, run, session, still_due, faults)
@@ -227,6 +229,12 @@ def _fit(
 def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
+
+
+def _exported(config: Config, run: Location, session: str) -> Exported:
+    spot, on_demand = config.cost.spot_per_gpu_hour, config.cost.on_demand_per_gpu_hour
+    price = on_demand if spot is None else spot
+    return Exported(run, session, config.optimisation.batch_size, price)
 
 
 def _measuring(

@@ -270,6 +270,38 @@ def test_sample_refuses_a_folder_that_holds_something(run, tmp_path):
     assert [path.name for path in out.iterdir()] == ["mine"]
 
 
+@pytest.fixture
+def sampling(run: Location, tmp_path: Path) -> Path:
+    """A job of samples of that run."""
+    path = tmp_path / "sample.yaml"
+    path.write_text(
+        f"samples: {{checkpoint: {run.uri}, count: 10}}\n"
+        f"output: {{folder: {tmp_path}/out, png: true}}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--count", 4, "--out", "x"), "--out, --count can't go with a job: say it there, or with"),
+        (("--set", "samples.cuont=5"), "unknown key samples.cuont, did you mean samples.count?"),
+        (("--set", "features={}"), "unknown key features"),
+        (("--set", "output.png=false"), "output keeps no samples: set output.png, output.shards"),
+        (("--set", "samples.decay=0.7"), "samples.decay 0.7: the checkpoint has 0.9, 0.5"),
+        (("--set", "latents.vae=a"), "the generator makes pictures: leave latents.vae out"),
+    ],
+)
+def test_sample_refuses_what_a_job_can_not_have(sampling, tmp_path, options, told):
+    assert told in refuse("sample", sampling, *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sample_refuses_a_jobs_overrides_without_a_job(run):
+    line = refuse("sample", run.uri, "--set", "samples.count=5")
+    assert line == f"--set goes with a job, and {run.uri} is none: use the options"
+
+
 @pytest.mark.parametrize("command", ["sample", "inspect"])
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, command):
     line = refuse(command, tmp_path / "absent")

@@ -190,3 +190,15 @@ def test_an_object_store_is_asked_less_often(run, shown, monkeypatch, tmp_path):
         time.sleep(0.05)
         assert asked == []
     assert asked == [remote]
+
+
+def test_who_else_wants_them_is_told_all_rows_and_when_it_is_over(run, shown):
+    told: list[tuple[list[int], bool]] = []
+    write(run, "earlier", 0, trained(16))
+    with Progress(
+        run, "a", TOTAL, lambda rows, last: told.append(([r["images"] for r in rows], last))
+    ):
+        write(run, "a", 16, trained(32))
+        shown("32 images")
+    assert told[-1] == ([16, 32], True)
+    assert [last for _, last in told] == [False] * (len(told) - 1) + [True]
