@@ -40,6 +40,7 @@ COMMANDS = (
     "prepare",
     "sample",
     "fid",
+    "export",
     "inspect",
     "cost",
     "drill",
