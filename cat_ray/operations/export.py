@@ -82,19 +82,21 @@ def export(
             (out / path.name).upload(path)
             with path.open("rb") as file:
                 sha256[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    provenance = _provenance(place, state, config, chosen) | {"manifest_sha256": manifest_sha256}
+    provenance = _provenance(place.name, manifest_sha256, state, config) | {"decay": chosen}
     description = _described(generator, state, config, provenance, sha256)
     (out / README).write(model_card(description, difference).encode())
     (out / MODEL).write(description.to_json())
     return Exported(description, difference)
 
 
-def _provenance(checkpoint: Location, state: State, config: Config, decay: float) -> dict[str, Any]:
+def _provenance(
+    checkpoint: str, manifest_sha256: str, state: State, config: Config
+) -> dict[str, Any]:
     # No paths or URIs: the folder may be published.
     return {
-        "checkpoint": checkpoint.name,
+        "checkpoint": checkpoint,
+        "manifest_sha256": manifest_sha256,
         "images_seen": state.images,
-        "decay": decay,
         "seed": config.run.seed,
         "config_sha256": hashlib.sha256(state.config.encode()).hexdigest(),
         "data_sha256": state.data_digest,

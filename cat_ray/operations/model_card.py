@@ -111,7 +111,7 @@ def _files(description: Description, onnx_differs_by: float | None) -> list[str]
     about = {
         WEIGHTS: "weights, fp32, by parameter name",
         CLASS_MEANS: "the mean style of each class, for truncation",
-        MODEL: "the network's shape, provenance, sha256 of the other files",
+        MODEL: "the network's shape, provenance, sha256 of the files of tensors",
     }
     if ONNX in description.sha256:
         checked = (

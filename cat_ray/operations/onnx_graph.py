@@ -46,7 +46,7 @@ def write_onnx(generator: Generator, folder: Path) -> list[Path]:
         raise BadInput("--onnx needs onnx and onnxscript: pip install '.[onnx]'")
     path = folder / ONNX
     weights_bytes = sum(weight.numel() * weight.element_size() for weight in generator.parameters())
-    batch = torch.export.Dim("batch")
+    batch = "batch"
     # What it tells of is torch's own affair: torchvision that isn't there, names of dimensions.
     log = logging.getLogger("torch.onnx")
     level = log.level
