@@ -24,6 +24,7 @@ from cat_ray.checkpoint.layout import (
 from cat_ray.cli import app
 from cat_ray.config import dump, parse
 from cat_ray.errors import BadInput, RunFailed, Unfinished
+from cat_ray.exported import load_generator
 from cat_ray.model.build import build_generator
 from cat_ray.operations import drill, verify_resume
 from cat_ray.operations.comparison import Compared
@@ -268,6 +269,14 @@ def test_sample_refuses_a_folder_that_holds_something(run, tmp_path):
     line = refuse("sample", run.uri, "--out", out)
     assert line == f"{out} isn't empty: choose another --out"
     assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_export_writes_a_folder_that_opens_and_refuses_to_write_it_again(run, tmp_path):
+    out = tmp_path / "out"
+    told = succeed("export", run.uri, "--out", out, "--decay", 0.5)
+    assert told == f"open it with cat_ray.load_generator: {out}\n"
+    assert load_generator(out).description.provenance["decay"] == 0.5
+    assert refuse("export", run.uri, "--out", out) == f"{out} isn't empty: choose another --out"
 
 
 @pytest.mark.parametrize("command", ["sample", "inspect"])

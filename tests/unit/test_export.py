@@ -84,7 +84,7 @@ def test_model_json_is_written_last(checkpoint, out, monkeypatch):
 
     monkeypatch.setattr(Location, "write", recorded)
     export(checkpoint, locate(str(out)))
-    assert written[-1] == MODEL
+    assert written.index(MODEL) == len(written) - 1
     assert {WEIGHTS, CLASS_MEANS, README} < set(written)
 
 
