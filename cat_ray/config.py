@@ -373,6 +373,10 @@ class Config(Section):
         weights = self.objective.consistency.stage_weights
         return default_stage_weights(self.model.stages) if weights is None else weights
 
+    def makes_latents(self) -> bool:
+        """Whether the generator makes latents, not pictures."""
+        return self.latents.vae is not None or self.model.channels not in (1, 3)
+
     def penalised_per_lane(self) -> int:
         """How many images of each lane the penalty is measured on."""
         return math.ceil(self.optimisation.lane_size * self.objective.penalty.share)

@@ -10,6 +10,7 @@ from cat_ray.errors import BadInput
 from cat_ray.evaluation.grid import grid, to_image, to_png
 from cat_ray.evaluation.sampling import (
     Truncation,
+    check_classes,
     class_means,
     latents,
     sample_stages,
@@ -43,9 +44,7 @@ def write_pictures(
         generator = load_generator(place, decay, device)
     shape = generator.shape
     chosen = list(range(shape.num_classes)) if classes is None else list(classes)
-    outside = [label for label in chosen if not 0 <= label < shape.num_classes]
-    if outside:
-        raise BadInput(f"class {outside[0]} doesn't exist: there are 0 to {shape.num_classes - 1}")
+    check_classes(chosen, shape.num_classes)
     z = latents(seed, range(count), shape.latent_width).repeat(len(chosen), 1)
     labels = torch.tensor(chosen).repeat_interleave(count)
     drawn = Truncation(truncation, class_means(generator, device)) if truncation else None

@@ -114,8 +114,7 @@ def planned_samples(job: Sampling, checkpoint: Location) -> SamplePlan:
 
 def pixels_of(config: Config, job: Sampling) -> tuple[int, int]:
     """Side and channels of the pictures that a run's generator makes."""
-    model = config.model
-    latent = config.latents.vae is not None or model.channels not in (1, 3)
+    model, latent = config.model, config.makes_latents()
     if latent and job.latents.vae is None:
         raise BadInput(
             "the generator makes latents: latents.vae must name the VAE that decodes them"

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cat_ray.errors import BadInput
 from cat_ray.model.generator import Generator
 from cat_ray.training.randomness import Purpose, random_stream
 
@@ -53,6 +54,17 @@ def class_labels(
         random_stream(seed, Purpose.SAMPLE_LABEL, index).integers(num_classes) for index in indices
     ]
     return torch.from_numpy(np.asarray(draws, dtype=np.int64))
+
+
+def check_classes(labels: Sequence[int], num_classes: int) -> None:
+    """Looks for class ids that a generator doesn't have.
+
+    Raises:
+        BadInput: there is one; the first is named.
+    """
+    outside = [label for label in labels if not 0 <= label < num_classes]
+    if outside:
+        raise BadInput(f"class {outside[0]} doesn't exist: there are 0 to {num_classes - 1}")
 
 
 @torch.no_grad()

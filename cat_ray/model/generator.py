@@ -133,7 +133,8 @@ class Generator(nn.Module):
             return self._stages(F.silu(w))
 
     def _stages(self, style: Tensor) -> Tensor:
-        x = self.positions.expand(len(style), -1, -1)
+        # Not len(): to torch.export that is the number of the example, for every batch.
+        x = self.positions.expand(style.shape[0], -1, -1)
         rotary = (self.cosines, self.sines)
         per_stage = len(self.blocks) // len(self.heads)
         outputs: list[Tensor] = []

@@ -24,6 +24,7 @@ from cat_ray.checkpoint.layout import (
 from cat_ray.cli import app
 from cat_ray.config import dump, parse
 from cat_ray.errors import BadInput, RunFailed, Unfinished
+from cat_ray.exported import load_generator
 from cat_ray.model.build import build_generator
 from cat_ray.operations import drill, verify_resume
 from cat_ray.operations.comparison import Compared
@@ -41,6 +42,7 @@ COMMANDS = (
     "prepare",
     "sample",
     "fid",
+    "export",
     "inspect",
     "cost",
     "drill",
@@ -300,6 +302,14 @@ def test_sample_refuses_what_a_job_can_not_have(sampling, tmp_path, options, tol
 def test_sample_refuses_a_jobs_overrides_without_a_job(run):
     line = refuse("sample", run.uri, "--set", "samples.count=5")
     assert line == f"--set goes with a job, and {run.uri} is none: use the options"
+
+
+def test_export_writes_a_folder_that_opens_and_refuses_to_write_it_again(run, tmp_path):
+    out = tmp_path / "out"
+    told = succeed("export", run.uri, "--out", out, "--decay", 0.5)
+    assert told == f"open it with cat_ray.load_generator: {out}\n"
+    assert load_generator(out).description.provenance["decay"] == 0.5
+    assert refuse("export", run.uri, "--out", out) == f"{out} isn't empty: choose another --out"
 
 
 @pytest.mark.parametrize("command", ["sample", "inspect"])
