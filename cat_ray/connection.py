@@ -4,9 +4,12 @@ import contextlib
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 
 from cat_ray.data.reading_task import CPUS_PER_READ
+from cat_ray.errors import Unfinished
 from cat_ray.storage import ENVIRONMENT
 
 
@@ -15,6 +18,8 @@ def connected(
     needed_cpus: float, environment: Mapping[str, str], exactly: int | None = None
 ) -> Iterator[None]:
     """Connects for as long as the block lasts, unless there is a connection already.
+
+    SIGTERM ends the block with `Unfinished`, where nothing inside sets another handler.
 
     Args:
         needed_cpus: what a cluster that is started here must have at least.
@@ -50,7 +55,16 @@ def connected(
             _system_config={"num_workers_soft_limit": math.ceil(cpus / CPUS_PER_READ) + 1},
         )
     try:
+        if own and threading.current_thread() is threading.main_thread():
+            # Ray's native handler, which was set just now, would dump its stack.
+            signal.signal(signal.SIGTERM, _stop)
         yield
     finally:
         if own:
             ray.shutdown()
+
+
+def _stop(number: int, frame: object) -> None:
+    del frame
+    name = signal.Signals(number).name
+    raise Unfinished(f"stopped by {name}: run the same command again to go on")

@@ -28,7 +28,9 @@ def read_weights(path: str, sha256: str) -> bytes:
     try:
         content = Path(path).expanduser().read_bytes()
     except OSError as error:
-        raise BadInput(f"can't read the weights {path}: {error.strerror}") from error
+        raise BadInput(
+            f"can't read the weights {path}: {error.strerror}; the README says where they come from"
+        ) from error
     found = hashlib.sha256(content).hexdigest()
     if found != sha256.lower():
         raise BadInput(f"{path} has the sha256 {found}, not {sha256}: it is another file")

@@ -142,6 +142,7 @@ class Measuring:
             try:
                 checkpoint = self._due()
                 if checkpoint is not None:
+                    logger.warning("%s is being measured, beside the training", checkpoint.name)
                     self._tried.append(images_of(checkpoint.name))
                     self._measure(checkpoint)
                 elif ended:

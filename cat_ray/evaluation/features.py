@@ -37,6 +37,19 @@ class Featuriser:
     weights: str | None = None
     sha256: str | None = None
 
+    def check(self) -> None:
+        """Makes sure that the weights are there, and are those that were meant.
+
+        Raises:
+            BadInput: they are not.
+        """
+        if self.network != "pixels":
+            read_weights(self._file(), self.sha256 or "")
+
+    def _file(self) -> str:
+        folder = self.network == "dinov2"
+        return f"{self.weights}/{DINOV2_FILE}" if folder else self.weights or ""
+
     def load(self, device: torch.device) -> MakeFeatures:
         """Images `[N, c, H, W]` uint8 to features by name, `[N, d]` float32 on the CPU.
 
@@ -49,7 +62,7 @@ class Featuriser:
             return _in_batches(lambda images: {POOLED: grid_means(images)}, device)
         weights, sha256 = self.weights or "", self.sha256 or ""
         if self.network == "dinov2":
-            read_weights(f"{weights}/{DINOV2_FILE}", sha256)
+            self.check()
             teacher = load_teacher(weights).to(device)
             # The class token after the last norm, of pixels brought to 224 (Stein et al., 2023).
             return _in_batches(

@@ -9,7 +9,7 @@ import ray
 from cat_ray.checkpoint.read import resolve
 from cat_ray.checkpoint.retain import lease
 from cat_ray.connection import connected
-from cat_ray.evaluation.fid_plan import Plan, planned
+from cat_ray.evaluation.fid_plan import Plan, featuriser_of, planned
 from cat_ray.evaluation.measurement import Measurement
 from cat_ray.evaluation.outputs import are_there, write_outputs
 from cat_ray.evaluation.precision_recall_tasks import precision_and_recall
@@ -36,6 +36,8 @@ def fid(job: Measurement) -> tuple[Result, Location]:
         BadInput: checkpoint, weights or reference can't be used.
     """
     storage, workers = job.storage, job.workers
+    # Before anything remote is asked for: what lies here is mended soonest.
+    featuriser_of(job).check()
     checkpoint = resolve(locate(job.samples.checkpoint, storage.endpoint_url, storage.region))
     with lease(checkpoint, LEASE_SECONDS):
         plan = planned(job, checkpoint)

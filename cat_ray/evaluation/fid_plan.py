@@ -71,7 +71,9 @@ def planned(job: Measurement, checkpoint: Location) -> Plan:
     store = _store(job, source, job.samples.count)
     metric = metric_name(job.features.network, reals.kind, job.samples.count)
     digest = hashlib.sha256(f"{store.folder.name} {reals.sha256}".encode()).hexdigest()[:8]
-    stem = f"{metric}-{checkpoint.name}-{digest}"
+    # A sweep's files are told apart by people.
+    truncation = f"-truncation-{job.samples.truncation:g}" if job.samples.truncation else ""
+    stem = f"{metric}-{checkpoint.name}{truncation}-{digest}"
     return Plan(
         job=job,
         checkpoint=checkpoint,
@@ -92,7 +94,7 @@ def planned_reals(job: Measurement, config: Config) -> Reals:
         BadInput: weights or reference can't be used, or aren't for a run of this configuration.
     """
     side, channels = pixels_of(config, job)
-    features = _featuriser(job).load(torch.device("cpu"))
+    features = featuriser_of(job).load(torch.device("cpu"))
     black = torch.zeros(1, channels, side, side, dtype=torch.uint8)
     widths = {name: values.shape[1] for name, values in features(black).items()}
     place = locate(job.reference, job.storage.endpoint_url, job.storage.region)
@@ -131,10 +133,11 @@ def _real_images(
 
 
 def _store(job: Measurement, source: ImageSource, count: int) -> RangeStore:
-    featuriser = _featuriser(job)
+    featuriser = featuriser_of(job)
     name = f"features-{digest_of(source.identity(), featuriser, count)}"
     return RangeStore(folder_of(job) / name, source, featuriser, count)
 
 
-def _featuriser(job: Measurement) -> Featuriser:
+def featuriser_of(job: Measurement) -> Featuriser:
+    """What a job measures by."""
     return Featuriser(**job.features.model_dump())

@@ -77,7 +77,8 @@ class Npz:
         self.name = name
         try:
             self._archive = zipfile.ZipFile(file)
-        except zipfile.BadZipFile as error:
+        # In a file of a few bytes the search begins before its first one, which pyarrow refuses.
+        except (zipfile.BadZipFile, ValueError) as error:
             raise BadInput(f"{name} is no npz file: {error}") from error
         self.arrays: dict[str, Array] = {}
         for member in self._archive.namelist():

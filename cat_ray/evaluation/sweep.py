@@ -64,7 +64,10 @@ def sweep(jobs: Sequence[Measurement]) -> tuple[list[Result], Location]:
 def sweep_table(results: Sequence[Result]) -> Table:
     """All figures over the truncation, for people; the least distance is marked."""
     best = min(result.figures[FRECHET] for result in results)
-    table = Table(title=f"{results[0].metric}: {results[0].subject['images']:,} images seen")
+    table = Table(
+        title=f"{results[0].metric}: {results[0].subject['images']:,} images seen",
+        caption="* the least distance",
+    )
     table.add_column("truncation")
     for result in results:
         mark = " *" if result.figures[FRECHET] == best else ""

@@ -77,6 +77,24 @@ def by_hand(tmp_path: Path, tiny_job: str) -> tuple[np.ndarray, float]:
     return samples.numpy(), frechet_distance(*sets)
 
 
+def check_sigterm(job: Path, changes: list[str]) -> None:
+    """Once it works it ends with a word, and an exit code that tells that it can go on."""
+    stopped = subprocess.Popen(
+        [COMMAND, "fid", job, *changes, "--set", "samples.count=50000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert stopped.stdout is not None
+    line = stopped.stdout.readline()
+    assert "ranges of samples" in line, line
+    stopped.send_signal(signal.SIGTERM)
+    told = stopped.communicate(timeout=WAIT_SECONDS)[1].splitlines()
+    assert told[-1] == "cat-ray: stopped by SIGTERM: run the same command again to go on"
+    assert not any("***" in line for line in told), told
+    assert stopped.returncode == 75
+
+
 def check_copies(stem: Path, samples: np.ndarray) -> None:
     """The contact sheet, the PNG files and the shards beside a result, `[N, 1, H, W]`."""
     sheet = np.asarray(Image.open(stem.with_suffix(".png")))
@@ -116,6 +134,7 @@ def test_workers_and_kills_change_no_bit(job: Path, tmp_path: Path, tiny_job: st
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     assert not list(folder.glob("*.json"))
+    check_sigterm(job, changes)
     written = {path: path.stat().st_mtime_ns for path in features}
     again = fid(job, *changes, "--set", "workers.count=3")
     assert again.returncode == 0, again.stderr[-3000:]

@@ -21,6 +21,7 @@ from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cat_ray import config as configuration
+from cat_ray.operations.prometheus import METRICS
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

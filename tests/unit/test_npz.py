@@ -98,9 +98,10 @@ def test_a_compressed_file_is_read_as_well():
 # What is no such file.
 
 
-def test_something_else_is_no_npz():
+@pytest.mark.parametrize("content", [b"", b"hello", b"something else"])
+def test_something_else_is_no_npz(content):
     with pytest.raises(BadInput, match=r"samples\.npz is no npz file"):
-        opened(b"something else")
+        opened(content)
 
 
 def test_what_would_have_to_be_unpickled_is_refused():

@@ -98,6 +98,13 @@ def test_a_file_without_statistics_is_refused(tmp_path, missing):
         read_reference(locate(str(saved(tmp_path, values))), SIDE, WIDTHS)
 
 
+@pytest.mark.parametrize("content", [b"", b"hello"])
+def test_what_was_cut_short_is_no_npz(tmp_path, content):
+    (tmp_path / "reference.npz").write_bytes(content)
+    with pytest.raises(BadInput, match=r"reference\.npz is no npz file"):
+        read_reference(locate(f"{tmp_path}/reference.npz"), SIDE, WIDTHS)
+
+
 def test_a_file_that_is_not_there_is_bad_input(tmp_path):
     with pytest.raises(BadInput, match="doesn't exist"):
         read_reference(locate(str(tmp_path / "absent.npz")), SIDE, WIDTHS)
