@@ -15,6 +15,7 @@ from cat_ray.operations.plan import Plan, Price, usable_bytes
 
 GIGA = 1e9
 PARTS = tuple(field.name for field in fields(WorkerMemory))
+SHORT = {"gradients": "grads", "averages": "EMA", "activations": "activ."}
 
 
 def plan_tables(plan: Plan, config: Config) -> Iterator[RenderableType]:
@@ -95,17 +96,15 @@ def _summary(plan: Plan, config: Config) -> Table:
         table.add_row(
             "time, estimated",
             f"{plan.hours:,.1f} h, {plan.hours * assumed.workers:,.0f} GPU-hours, at "
-            f"{assumed.utilisation:.0%} of {gpu.peak_teraflops if gpu else 0:,.0f} TFLOP/s, what is "
-            "computed again included",
+            f"{assumed.utilisation:.0%} of {gpu.peak_teraflops if gpu else 0:,.0f} TFLOP/s, what "
+            "is computed again included",
         )
     for name, price in (("on demand", plan.on_demand), ("spot, no loss", plan.spot)):
         table.add_row(name, _told_price(price))
     data = plan.data
-    rate = (
-        ""
-        if data.bytes_per_second is None
-        else (f"{data.images_per_second:,.0f} images/s, {data.bytes_per_second / 1e6:,.1f} MB/s, ")
-    )
+    rate = ""
+    if data.bytes_per_second is not None:
+        rate = f"{data.images_per_second:,.0f} images/s, {data.bytes_per_second / 1e6:,.1f} MB/s, "
     table.add_row(
         "from storage", f"{rate}{data.bytes_per_image / 1e3:,.1f} KB each ({data.source})"
     )
@@ -126,9 +125,9 @@ def _memory(plan: Plan) -> Table:
         title += (
             f"; {usable_bytes(gpu) / GIGA:.0f} of a {gpu.name}'s {gpu.memory_gigabytes:g} usable"
         )
-    table = Table("ZeRO", "activations", title=title, title_justify="left")
+    table = Table("ZeRO", "blocks", title=title, title_justify="left")
     for part in (*PARTS, "total"):
-        table.add_column({"activations": "activ."}.get(part, part), justify="right")
+        table.add_column(SHORT.get(part, part), justify="right", no_wrap=True)
     own = plan.job.zero_stages
     for setting in plan.settings:
         told = "again" if setting.checkpointing else "kept"
@@ -142,7 +141,10 @@ def _memory(plan: Plan) -> Table:
         fits = gpu is None or plan.job.memory.total <= usable_bytes(gpu)
         sizes = _sizes(plan.job.memory, "" if fits else "[red]")
         table.add_row(f"{own[0]}/{own[1]} *", told, *sizes)
-    table.caption = "* the job. again: optimisation.activation_checkpointing. red: does not fit"
+    table.caption = (
+        "* the job. again: blocks are computed again, optimisation.activation_checkpointing. "
+        "EMA: averages. red: does not fit"
+    )
     table.caption_justify = "left"
     return table
 
@@ -178,13 +180,13 @@ def _saves(plan: Plan) -> Table:
     table.add_row("to read it again, estimated", duration(saves.times.restore))
     table.add_row(
         "best interval",
-        f"{duration(saves.best_seconds)}{_images(saves.best_images)}: the longer of Young and Daly's "
-        f"{duration(saves.young_daly_seconds)} and the time of a save",
+        f"{duration(saves.best_seconds)}{_images(saves.best_images)}: the longer of Young and "
+        f"Daly's {duration(saves.young_daly_seconds)} and the time of a save",
     )
     table.add_row(
         "",
-        f"sqrt(2 x stall x time between interruptions), {assumed.interruptions_per_hour:g} per hour "
-        "(Young 1974, Daly 2006)",
+        "sqrt(2 x stall x time between interruptions), "
+        f"{assumed.interruptions_per_hour:g} per hour (Young 1974, Daly 2006)",
     )
     own = "" if saves.job_seconds is None else f"{duration(saves.job_seconds)}, "
     table.add_row("the job's", f"{own}checkpoints.save_every_images {saves.job_images:,}")

@@ -73,8 +73,8 @@ class Terms:
     def leaving_seconds(self, before: int, lost: int) -> float | None:
         """How long giving way holds training up for its save, or None where no save fits.
 
-        As `training/preemption.py` chooses: all upload their parts, or, where that takes longer than
-        the nodes that go have, those that stay upload theirs as well.
+        As `training/preemption.py` chooses: all upload their parts, or, where that takes longer
+        than the nodes that go have, those that stay upload theirs as well.
         """
         if not self.notice_seconds:
             return None
@@ -198,8 +198,10 @@ class _Run:
         else:
             # Those who are starting take in whoever comes meanwhile.
             return
+        # A start that is under way doesn't get earlier by being interrupted.
+        under_way = self.busy_until if self.busy_with == "start" and not training else 0.0
         self.busy_with = "start" if enough else "idle"
-        self.busy_until = self.at + pause if enough else math.inf
+        self.busy_until = max(under_way, self.at + pause) if enough else math.inf
 
     def result(self) -> Replayed:
         """What became of it: what isn't saved counts as kept only at the end of the run."""

@@ -1,13 +1,14 @@
 """Traces of how many nodes a spot market gave, and the changes that a run on them sees.
 
-A trace is a CSV file: `seconds,nodes`, rows in order of time from 0 on, each the number of nodes that
-are there from that second on; the last row only says when the trace ends. Lines that begin with # are
-comments. The JSON files of github.com/skypilot-org/spot-traces (availability of spot machines on AWS,
+A trace is a CSV file: `seconds,nodes`, rows in order of time from 0 on, each the number of nodes
+that are there from that second on; the last row only says when the trace ends. Lines that begin
+with # are comments. The JSON files of github.com/skypilot-org/spot-traces (spot machines on AWS in
 2022 and 2023, for "Can't Be Late", NSDI 2024) are read as they are.
 
-A run that is longer than the trace goes through it again and again. A run that wants more nodes than
-the trace ever has takes several copies of it, each begun at another place, so that the interruptions
-of a node stay as frequent as they were; of fewer nodes it is drawn by chance which of them go.
+A run that is longer than the trace goes through it again and again. A run that wants more nodes
+than the trace ever has takes several copies of it, each begun at another place, so that
+interruptions of a node stay as frequent as they were; of fewer nodes it is drawn by chance which of
+them go.
 """
 
 import csv
@@ -120,7 +121,7 @@ def synthetic_trace(
 
 
 def changes(trace: Trace, wanted: int, seed: int = 0) -> Iterator[Change]:
-    """What a run that wants so many nodes sees, for ever; the first one, at 0, is what it begins with.
+    """What a run that wants so many nodes sees, for ever; the first is what it begins with.
 
     Args:
         trace: nodes over time.

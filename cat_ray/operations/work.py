@@ -109,7 +109,8 @@ def discriminator_pass(config: Config) -> Pass:
     lengths = [count + 1 for count in patches]
     segments = lengths if network.scope == "scale_wise" else [sum(lengths)]
     embedding = sum(patches) * model.channels * patch * patch * size.width
-    head = model.stages * size.width * projection + 2 * projection * projection
+    # The last is the product with the class vector.
+    head = model.stages * size.width * projection + 2 * projection**2 + model.stages * projection
     return Pass(
         blocks_linear=_linear(size, sum(lengths)),
         blocks_attention=_attention(size, segments),
