@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from cat_ray.checkpoint.layout import DISCRIMINATOR, GENERATOR
 from cat_ray.cli import app
-from cat_ray.config import Config, load, parse
+from cat_ray.config import Config, parse
+from cat_ray.data.index import INDEX_NAME, Index, Shard
 from cat_ray.errors import BadInput
 from cat_ray.model.build import build_discriminator, build_generator
 from cat_ray.operations.activations import Rows, count_networks, rows_of
@@ -56,7 +57,6 @@ model:
   stages: 2
 optimisation: {batch_size: 16, lanes: 4}
 """
-QUICKSTART = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
 
 
 def job(text: str, *overrides: str) -> Config:
@@ -286,9 +286,9 @@ def test_every_gpu_has_a_source_and_a_date():
 
 
 def test_prices_are_the_job_s_where_it_has_some(h2: Plan):
-    own = planned(job(CAT_H2, "cost.spot_per_gpu_hour=1.0"), "H100", 8)
+    own = planned(small("cost.spot_per_gpu_hour=1.0"), "H100", 2)
     assert own.hours is not None
-    assert own.spot.total == pytest.approx(8 * own.hours)
+    assert own.spot.total == pytest.approx(2 * own.hours)
     assert h2.spot.source.startswith("indicative list price")
 
 
@@ -296,13 +296,12 @@ def test_latents_need_sixteen_kibibytes_each_and_shards_at_hand_are_looked_at(tm
     need = data_need(job(CAT_H2), 1000.0)
     assert need.bytes_per_image == 16 * 1024
     assert need.bytes_per_second == pytest.approx(16.4e6, rel=0.01)
-    from cat_ray.data.prepare import digits, prepare
-    from cat_ray.section import Storage
-
-    prepare(digits(str(tmp_path / "shards"), Storage()))
-    here = data_need(load(str(QUICKSTART), [f"data.shards={tmp_path / 'shards'}"]), None)
+    shards = (Shard("train-000000.tar", 10, 30_000, ""), Shard("train-000001.tar", 20, 30_000, ""))
+    index = Index("images", 32, 1, (15, 15), "a test", shards, "")
+    (tmp_path / INDEX_NAME).write_bytes(index.to_json())
+    here = data_need(job(CAT_H2, f"data.shards={tmp_path}"), None)
+    assert (here.bytes_per_image, here.bytes_per_second) == (2000, None)
     assert here.source.startswith("the index of")
-    assert here.bytes_per_second is None
 
 
 def test_what_will_not_fit_is_told_with_what_to_change():
