@@ -31,6 +31,9 @@ def plan(
     upload: Annotated[
         float, typer.Option("--upload-mb-per-second", min=0.1, help="Of each machine.")
     ] = 200.0,
+    download: Annotated[
+        float, typer.Option("--download-mb-per-second", min=0.1, help="Of each machine.")
+    ] = 1000.0,
     trace: Annotated[
         str | None,
         typer.Option("--replay", metavar="TRACE", help="Simulate the run on a spot trace (CSV)."),
@@ -76,7 +79,7 @@ def plan(
             workers_per_machine=gpus_per_node,
             utilisation=mfu,
             interruptions_per_hour=interruptions_per_hour,
-            rates=Rates(upload=upload * 1e6, restore=upload * 1e6),
+            rates=Rates(upload=upload * 1e6, restore=download * 1e6),
         )
         read = read_trace(trace) if trace else None
         planned = make_plan(config, assumptions)

@@ -19,6 +19,7 @@ from cat_ray.operations.save_size import (
     Rates,
     SaveTimes,
     best_interval_seconds,
+    bytes_to_restore,
     checkpoint_bytes,
     save_times,
     slice_count,
@@ -213,7 +214,13 @@ def _checkpoint(
     g, d = networks.generator, networks.discriminator
     slices = slice_count(config, g.tensors, d.tensors, assumptions.workers)
     bytes = checkpoint_bytes(config, g.parameters, d.parameters, slices)
-    times = save_times(bytes, assumptions.workers, assumptions.machines, assumptions.rates)
+    times = save_times(
+        bytes,
+        bytes_to_restore(config, g.parameters, d.parameters, assumptions.workers),
+        assumptions.workers,
+        assumptions.machines,
+        assumptions.rates,
+    )
     young_daly = best_interval_seconds(times.stall, assumptions.interruptions_per_hour)
     # A save can't begin before the one before it is stored.
     best = max(young_daly, times.stored)

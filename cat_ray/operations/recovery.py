@@ -28,12 +28,14 @@ class RecoveryTimes:
         drained: a node was told to go.
         joined: a node came.
         source: where the figures come from.
+        of_drills: whether of a small job, so that reading a large checkpoint comes on top.
     """
 
     killed: float = 11.2
     drained: float = 9.3
     joined: float = 16.3
     source: str = "drills on two CPU cores, 24 November 2026"
+    of_drills: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def recovery_times(rows: list[Row], name: str) -> RecoveryTimes:
             found[_kind(group, later)].append(stepped - group.ended)
     medians = {kind: statistics.median(each) for kind, each in found.items() if each}
     counts = ", ".join(f"{len(each)} {kind}" for kind, each in found.items())
-    return replace(RecoveryTimes(), **medians, source=f"{name} ({counts}; drills for the rest)")
+    source = f"{name}: {counts}; drills for the rest"
+    return replace(RecoveryTimes(), **medians, source=source, of_drills=not medians)
 
 
 def _first_step(group: Group) -> float | None:

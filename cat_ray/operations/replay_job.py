@@ -14,6 +14,7 @@ from cat_ray.operations.plan import Plan, useful_workers
 from cat_ray.operations.plan_report import duration, finite
 from cat_ray.operations.recovery import Measured
 from cat_ray.operations.replay import Replayed, Terms, replay
+from cat_ray.operations.save_size import bytes_to_restore, save_times
 from cat_ray.operations.spot_trace import Trace, changes
 from cat_ray.operations.work import images_per_gpu_second
 
@@ -54,12 +55,15 @@ def terms_of(
     Raises:
         BadInput: the plan is for the CPU, of whose speed nothing is known.
     """
-    assumed, times = plan.assumptions, measured.times
+    assumed, recovery = plan.assumptions, measured.times
     if assumed.gpu is None:
         raise BadInput("--replay needs to know how fast a worker is: name a GPU type with --gpu")
-    rates, size = assumed.rates, plan.checkpoint.bytes
+    rates, size, networks = assumed.rates, plan.checkpoint.bytes, plan.networks
     workers = nodes * assumed.workers_per_machine
-    spread = size / rates.disk + size / rates.upload
+    reads = bytes_to_restore(
+        config, networks.generator.parameters, networks.discriminator.parameters, workers
+    )
+    times = save_times(size, reads, workers, nodes, rates)
     return Terms(
         total_images=config.run.total_images,
         batch_size=config.optimisation.batch_size,
@@ -70,15 +74,14 @@ def terms_of(
         images_per_gpu_second=images_per_gpu_second(
             config, assumed.gpu.peak_teraflops, assumed.utilisation
         ),
-        stall_seconds=size / workers / rates.copy
-        if measured.stall_seconds is None
-        else measured.stall_seconds,
-        stored_seconds=spread if measured.stored_seconds is None else 0.0,
+        stall_seconds=times.stall if measured.stall_seconds is None else measured.stall_seconds,
+        stored_seconds=times.stored * nodes if measured.stored_seconds is None else 0.0,
         save_fixed_seconds=measured.stored_seconds or 0.0,
-        killed_seconds=times.killed,
-        drained_seconds=times.drained,
-        joined_seconds=times.joined,
-        restore_seconds=size / rates.restore if measured.stored_seconds is None else 0.0,
+        killed_seconds=recovery.killed,
+        drained_seconds=recovery.drained,
+        joined_seconds=recovery.joined,
+        # A run's own recoveries have it in them.
+        restore_seconds=times.restore if recovery.of_drills else 0.0,
         notice_seconds=notice_seconds,
         margin=config.preemption.margin,
     )

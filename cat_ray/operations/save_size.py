@@ -26,13 +26,13 @@ class Rates:
         copy: from a GPU to the host's memory, of each worker.
         disk: to a machine's local disk, of all its workers together.
         upload: from a machine to the storage.
-        restore: from the storage to a machine.
+        restore: from the storage to a machine, by all who read there together.
     """
 
     copy: float = 10e9
     disk: float = 1e9
     upload: float = 200e6
-    restore: float = 200e6
+    restore: float = 1e9
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,35 @@ def slice_count(config: Config, generator: int, discriminator: int, workers: int
     return count
 
 
-def save_times(bytes: int, workers: int, machines: int, rates: Rates) -> SaveTimes:
-    """A save by so many workers on so many machines, each with an equal part."""
+def bytes_to_restore(config: Config, generator: int, discriminator: int, workers: int) -> float:
+    """What one of so many workers reads as it starts: all weights and averages, its own moments.
+
+    So does `training/state.py`: each worker for itself, also those that share a machine.
+    """
+    elements = checkpoint_elements(config, generator, discriminator)
+    moments = elements[GENERATOR_MOMENTS] + elements[DISCRIMINATOR_MOMENTS]
+    return FLOAT_BYTES * (sum(elements.values()) - moments + moments / workers)
+
+
+def save_times(
+    bytes: int, worker_restores: float, workers: int, machines: int, rates: Rates
+) -> SaveTimes:
+    """A save by so many workers on so many machines, each with an equal part, and its restore.
+
+    Args:
+        bytes: of the checkpoint.
+        worker_restores: bytes that a worker reads as it starts.
+        workers: who save.
+        machines: they are on.
+        rates: how fast bytes go.
+    """
     on_machine = bytes / machines
     return SaveTimes(
         stall=bytes / workers / rates.copy,
         # Local first, then uploaded.
         stored=on_machine / rates.disk + on_machine / rates.upload,
-        # Every worker reads all the weights and averages and its part of the moments; machines read
-        # at the same time.
-        restore=bytes / rates.restore,
+        # The driver checks every hash first; then all machines read at the same time.
+        restore=(bytes + worker_restores * workers / machines) / rates.restore,
     )
 
 

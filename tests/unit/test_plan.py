@@ -247,10 +247,13 @@ def test_a_checkpoint_is_as_large_as_a_real_one(tmp_path: Path, tiny_job: str, s
 
 
 def test_saves_are_shared_out_over_machines():
-    one, four = (save_times(16_000, 8, machines, Rates(1e3, 1e3, 1e2, 1e2)) for machines in (1, 4))
+    rates = Rates(copy=1e3, disk=1e3, upload=1e2, restore=1e2)
+    one, four = (save_times(16_000, 500.0, 8, machines, rates) for machines in (1, 4))
     assert one.stored == pytest.approx(16 + 160)
     assert four.stored == pytest.approx(one.stored / 4)
     assert one.stall == pytest.approx(2)
+    # Checked by the driver, and read by the workers of a machine each for itself.
+    assert (one.restore, four.restore) == (160 + 40, 160 + 10)
 
 
 @pytest.mark.parametrize(
