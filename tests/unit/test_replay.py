@@ -322,11 +322,17 @@ def test_the_command_tells_goodput_with_notice_and_without(tmp_path: Path):
     assert 0.5 < sixty_four["goodput_without_notice"] < sixty_four["goodput_with_notice"] < 1
     lost = [sixty_four[notice]["lost_images"] for notice in ("with_notice", "without_notice")]
     assert lost[0] < lost[1] / 10
-    faster = ["--gpus", "64", "--restart-seconds", "1", "--drain-seconds", "1"]
-    result = CliRunner().invoke(app, [*arguments, "--json", *faster])
-    (case,) = json.loads(result.output)["cases"]
-    assert case["goodput_with_notice"] > sixty_four["goodput_with_notice"]
-    result = CliRunner().invoke(app, [*arguments, "--gpus", "8"], env={"COLUMNS": "100"})
+
+
+def test_the_command_s_table_fits_and_a_cpu_has_no_rate(tmp_path: Path):
+    job = tmp_path / "job.yaml"
+    small = "{depth: 4, width: 32, heads: 2}"
+    job.write_text(JOB.replace("{size: B}", f"{{size: {small}}}, discriminator: {{size: {small}}}"))
+    arguments = ["plan", str(job), "--replay", str(ONE_PER_NODE_HOUR), "--gpus", "8"]
+    given = ["--restart-seconds", "1", "--save-seconds", "2"]
+    result = CliRunner().invoke(app, [*arguments, *given], env={"COLUMNS": "100"})
+    assert result.exit_code == 0, result.output
     assert max(map(len, result.output.splitlines())) <= 100
+    assert "1.0 s without notice" in result.output
     result = CliRunner().invoke(app, [*arguments, "--gpu", "cpu"])
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
