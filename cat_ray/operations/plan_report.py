@@ -120,7 +120,8 @@ def _told_price(price: Price) -> str:
 
 def _memory(plan: Plan) -> Table:
     gpu = plan.assumptions.gpu
-    title = "memory of one worker, GB"
+    unit, name = (GIGA, "GB") if plan.job.memory.total >= GIGA else (1e6, "MB")
+    title = f"memory of one worker, {name}"
     if gpu is not None:
         title += (
             f"; {usable_bytes(gpu) / GIGA:.0f} of a {gpu.name}'s {gpu.memory_gigabytes:g} usable"
@@ -135,11 +136,13 @@ def _memory(plan: Plan) -> Table:
         colour = "" if fits else "[red]"
         this = own == setting.zero_stages and plan.job.checkpointing == setting.checkpointing
         mark = " *" if this else ""
-        table.add_row(f"{setting.zero_stages[0]}{mark}", told, *_sizes(setting.memory, colour))
+        table.add_row(
+            f"{setting.zero_stages[0]}{mark}", told, *_sizes(setting.memory, colour, unit)
+        )
     if own[0] != own[1]:
         told = "again" if plan.job.checkpointing else "kept"
         fits = gpu is None or plan.job.memory.total <= usable_bytes(gpu)
-        sizes = _sizes(plan.job.memory, "" if fits else "[red]")
+        sizes = _sizes(plan.job.memory, "" if fits else "[red]", unit)
         table.add_row(f"{own[0]}/{own[1]} *", told, *sizes)
     table.caption = (
         "* the job. again: blocks are computed again, optimisation.activation_checkpointing. "
@@ -149,9 +152,9 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
-def _sizes(memory: WorkerMemory, colour: str) -> list[str]:
+def _sizes(memory: WorkerMemory, colour: str, unit: float) -> list[str]:
     sizes = [getattr(memory, part) for part in (*PARTS, "total")]
-    return [f"{colour}{size / GIGA:.2f}" for size in sizes]
+    return [f"{colour}{size / unit:.2f}" for size in sizes]
 
 
 def _work(plan: Plan) -> Table:
@@ -171,7 +174,7 @@ def _saves(plan: Plan) -> Table:
     saves, assumed = plan.checkpoint, plan.assumptions
     table = Table("checkpoint", "", show_header=True)
     plural = "s" * (assumed.machines > 1)
-    table.add_row("size", f"{saves.bytes / GIGA:,.3f} GB")
+    table.add_row("size", _gigabytes(saves.bytes))
     table.add_row(
         "a save, estimated",
         f"holds training up for {duration(saves.times.stall)} at most; complete after "

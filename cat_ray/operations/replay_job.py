@@ -19,7 +19,8 @@ from cat_ray.operations.spot_trace import Trace, changes
 from cat_ray.operations.work import images_per_gpu_second
 
 SIZES = (8, 64, 512, 4096)
-# A simulation is given up after so many times as long as the run would take undisturbed.
+# A simulation is given up after so many times as long as the run would take undisturbed, and not
+# before the trace's end.
 PATIENCE = 20
 
 
@@ -120,7 +121,8 @@ def _case(
     for notice in (notice_seconds, 0.0):
         terms = terms_of(config, plan, nodes, measured, notice)
         seconds = terms.total_images / terms.rate(nodes)
-        results.append(replay(terms, changes(trace, nodes, seed), PATIENCE * seconds))
+        limit = max(trace.end, PATIENCE * seconds)
+        results.append(replay(terms, changes(trace, nodes, seed), limit))
     spot, on_demand = plan.spot.per_hour, plan.on_demand.per_hour
     hours = seconds / 3600
 
