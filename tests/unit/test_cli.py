@@ -38,6 +38,7 @@ from cat_ray.training import driver
 from cat_ray.training.faults import Fault
 
 COMMANDS = (
+    "plan",
     "train",
     "prepare",
     "sample",
