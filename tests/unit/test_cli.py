@@ -46,6 +46,7 @@ COMMANDS = (
     "verify-resume",
     "report",
     "bench",
+    "doctor",
 )
 
 

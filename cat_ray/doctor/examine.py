@@ -1,0 +1,349 @@
+"""Has every node of a cluster find facts out about itself, its neighbours and the storage."""
+
+import contextlib
+import os
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import metadata, requires
+from typing import Any
+
+import ray
+from packaging.requirements import Requirement
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cat_ray.config import Config
+from cat_ray.connection import connected
+from cat_ray.data.index import INDEX_NAME
+from cat_ray.doctor.all_reduce import Member
+from cat_ray.doctor.facts import Clock, Facts, Link, Needs, Node, NodeFacts, Place, Reduction, Trial
+from cat_ray.doctor.links import Listener, links_to
+from cat_ray.doctor.needs import needs_of
+from cat_ray.doctor.node import facts_here
+from cat_ray.doctor.storage_probe import cleared, take_away, try_reading, try_writing
+from cat_ray.errors import BadInput, RunFailed
+from cat_ray.section import Storage
+from cat_ray.storage import Location, locate
+from cat_ray.versions import PACKAGES
+
+PACKAGE = "cat-ray"
+CLOCK_QUESTIONS = 5
+CONNECT_SECONDS = 3.0
+REASON_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A place in storage that is to be probed, as it is sent to the nodes."""
+
+    key: str
+    uri: str
+    storage: Storage
+    written: bool
+
+    def location(self) -> Location:
+        """The place."""
+        return locate(self.uri, self.storage.endpoint_url, self.storage.region)
+
+
+class Examiner:
+    """The process on each node that looks around there."""
+
+    def __init__(self, name: str, ipv6: bool):
+        self._name = name
+        self._listener = Listener(ipv6)
+
+    def facts(self, staging_folder: str) -> NodeFacts:
+        """What the node says of itself."""
+        return facts_here(staging_folder, ray.get_runtime_context().get_temp_dir())
+
+    def now(self) -> float:
+        """Its clock, in seconds since 1970."""
+        return time.time()
+
+    def ports(self) -> tuple[int, ...]:
+        """The ports on which it waits for connections."""
+        return self._listener.ports
+
+    def links(self, targets: list[tuple[str, str, tuple[int, ...]]]) -> list[Link]:
+        """Connections from here; see `links_to`."""
+        return links_to(self._name, targets, CONNECT_SECONDS)
+
+    def trial(self, asked: Asked, name: str, mark: str) -> Trial:
+        """Probes a place in storage from here."""
+        try:
+            folder = asked.location()
+        except BadInput as error:
+            return Trial(self._name, refused="list", reason=str(error))
+        if asked.written:
+            return try_writing(self._name, folder, name, mark)
+        return try_reading(self._name, folder)
+
+
+def examine(
+    config: Config | None, uri: str | None, endpoint_url: str | None, limit_seconds: float
+) -> Facts:
+    """Looks at the cluster of RAY_ADDRESS, or at this machine.
+
+    Args:
+        config: the job whose needs and storage count, if there is one.
+        uri: a place in storage beside the job's.
+        endpoint_url: of that place, if it isn't the job's.
+        limit_seconds: for how long a node, or the all-reduce, may be silent.
+
+    Raises:
+        BadInput: a URI is none, or no cluster answers.
+        RunFailed: the cluster has another version of Python or Ray than this machine.
+    """
+    asked = _asked(config, uri, endpoint_url)
+    with _at_cluster():
+        alive = [each for each in ray.nodes() if each["Alive"]]
+        own = ray.get_runtime_context().get_node_id()
+        alive.sort(key=lambda each: (each["NodeID"] != own, each["NodeManagerAddress"]))
+        addresses = Counter(each["NodeManagerAddress"] for each in alive)
+        silent = {each["NodeID"]: _silent_node(each, addresses) for each in alive}
+        address = {each["NodeID"]: each["NodeManagerAddress"] for each in alive}
+        examiners = {
+            key: _pinned(Examiner, key, num_cpus=0).remote(node.name, ":" in address[key])
+            for key, node in silent.items()
+        }
+        staging = _staging_folder(config)
+        answers, reasons = _gather(
+            {key: examiner.facts.remote(staging) for key, examiner in examiners.items()},
+            limit_seconds,
+        )
+        examiners = {key: examiners[key] for key in silent if key in answers}
+        nodes = {
+            key: replace(
+                node,
+                facts=answers.get(key),
+                clock=_clock(examiners[key]) if key in examiners else None,
+                silence=reasons.get(key, ""),
+            )
+            for key, node in silent.items()
+        }
+        gpu = any(node.gpus for node in nodes.values())
+        needs = needs_of(config) if config else Needs(gpu=gpu)
+        answering = {key: nodes[key] for key in examiners}
+        return Facts(
+            pins=_pins(),
+            needs=needs,
+            nodes=tuple(nodes.values()),
+            links=_links(examiners, answering, address, limit_seconds),
+            reduction=_reduction(answering, address, needs.gpu, limit_seconds),
+            places=tuple(_place(each, examiners, answering, limit_seconds) for each in asked),
+        )
+
+
+def _asked(config: Config | None, uri: str | None, endpoint_url: str | None) -> list[Asked]:
+    """What to probe; each is known to be a URI."""
+    asked = []
+    storage = config.storage if config else Storage()
+    if config is not None:
+        shards = locate(config.data.shards, storage.endpoint_url, storage.region)
+        run = locate(config.run.folder, storage.endpoint_url, storage.region)
+        asked.append(Asked("run.folder", run.uri, storage, written=True))
+        made = config.data.source is not None and not _has_index(shards)
+        asked.append(Asked("data.shards", shards.uri, storage, written=made))
+    if uri is not None:
+        storage = storage.model_copy(update={"endpoint_url": endpoint_url or storage.endpoint_url})
+        place = locate(uri, storage.endpoint_url, storage.region)
+        asked.append(Asked("--storage", place.uri, storage, written=True))
+    return asked
+
+
+def _has_index(shards: Location) -> bool:
+    try:
+        return (shards / INDEX_NAME).exists()
+    except BadInput:
+        # Then it can't be read either, and the trials will say so.
+        return True
+
+
+@contextlib.contextmanager
+def _at_cluster() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(connected(1, {}))
+        except (ConnectionError, ValueError) as error:
+            raise BadInput(
+                f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: "
+                f"{_last_line(error)}"
+            ) from error
+        except RuntimeError as error:
+            if "ersion mismatch" not in str(error):
+                raise
+            told = " ".join(str(error).split())
+            raise RunFailed(f"{told} Use the cluster's image here as well") from error
+        yield
+
+
+def _silent_node(row: Mapping[str, Any], addresses: Mapping[str, int]) -> Node:
+    """A node as Ray has it, before it has answered."""
+    name = address = row["NodeManagerAddress"]
+    if addresses[address] > 1:
+        name = f"{address}/{row['NodeID'][:6]}"
+    counted = row["Resources"]
+    return Node(
+        name=name,
+        cpus=counted.get("CPU", 0.0),
+        gpus=counted.get("GPU", 0.0),
+        object_store_bytes=int(counted.get("object_store_memory", 0)),
+        facts=None,
+    )
+
+
+def _pinned(kind: type, node_id: str, **options: Any) -> Any:
+    where = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(kind).options(scheduling_strategy=where, **options)
+
+
+def _gather(asked: Mapping[Any, Any], seconds: float) -> tuple[dict[Any, Any], dict[Any, str]]:
+    """The answers that come in time, and why there is none."""
+    answers, reasons = {}, {}
+    by_reference = {reference: key for key, reference in asked.items()}
+    if not by_reference:
+        return answers, reasons
+    ready, late = ray.wait(list(by_reference), num_returns=len(by_reference), timeout=seconds)
+    for reference in ready:
+        try:
+            answers[by_reference[reference]] = ray.get(reference)
+        except RayError as error:
+            reasons[by_reference[reference]] = _last_line(getattr(error, "cause", None) or error)
+    for reference in late:
+        reasons[by_reference[reference]] = f"nothing came in {seconds:g} s"
+    return answers, reasons
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:REASON_CHARACTERS] if lines else type(error).__name__
+
+
+def _clock(examiner: ActorHandle) -> Clock:
+    """As NTP does: the answer was given halfway, give or take; the quickest of a few counts."""
+    clocks = []
+    for _ in range(CLOCK_QUESTIONS):
+        begun = time.time()
+        there = ray.get(examiner.now.remote())
+        ended = time.time()
+        clocks.append(Clock(there - (begun + ended) / 2, ended - begun))
+    return min(clocks, key=lambda clock: clock.round_trip_seconds)
+
+
+def _staging_folder(config: Config | None) -> str:
+    if config is None:
+        return tempfile.gettempdir()
+    run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
+    # A run on a disk is written in place.
+    place = run.local_path or config.checkpoints.local_folder or tempfile.gettempdir()
+    return str(place)
+
+
+def _links(
+    examiners: Mapping[str, ActorHandle],
+    nodes: Mapping[str, Node],
+    address: Mapping[str, str],
+    seconds: float,
+) -> tuple[Link, ...]:
+    """From each node to each other one; a lone node connects to itself."""
+    ports, _ = _gather({key: each.ports.remote() for key, each in examiners.items()}, seconds)
+    asked = {}
+    for key, examiner in examiners.items():
+        others = [other for other in ports if other != key] or [key]
+        targets = [(nodes[other].name, address[other], ports[other]) for other in others]
+        asked[key] = examiner.links.remote(targets)
+    found, _ = _gather(asked, seconds + CONNECT_SECONDS * len(examiners))
+    return tuple(link for key in examiners for link in found.get(key, ()))
+
+
+def _reduction(
+    nodes: Mapping[str, Node], address: Mapping[str, str], gpu: bool, seconds: float
+) -> Reduction | None:
+    backend = "nccl" if gpu else "gloo"
+    size = (lambda node: node.gpus) if gpu else (lambda node: node.cpus)
+    # A head that trains nothing needn't have the network that workers need.
+    members = [key for key in nodes if size(nodes[key]) >= 1] or list(nodes)
+    if len(members) == 1 and (not gpu or nodes[members[0]].gpus >= 2):
+        members *= 2
+    if not members:
+        return None
+    actors = [
+        _pinned(Member, key, num_cpus=0, num_gpus=int(gpu and nodes[key].gpus >= 1)).remote()
+        for key in members
+    ]
+    names = tuple(nodes[key].name for key in members)
+    try:
+        ports, reasons = _gather(
+            {rank: actor.free_port.remote() for rank, actor in enumerate(actors)}, seconds
+        )
+        found: dict[int, tuple[int, float, float]] = {}
+        if not reasons:
+            asked = {
+                rank: actor.reduce.remote(
+                    rank, len(actors), address[members[0]], ports[0], backend, seconds
+                )
+                for rank, actor in enumerate(actors)
+            }
+            # The processes themselves give up first, and say why.
+            found, reasons = _gather(asked, 1.5 * seconds)
+        large, taken, latency = found.get(0, (0, None, None))
+        failures = tuple((names[rank], reason) for rank, reason in sorted(reasons.items()))
+        return Reduction(backend, names, large, taken, latency, failures)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _place(
+    asked: Asked,
+    examiners: Mapping[str, ActorHandle],
+    nodes: Mapping[str, Node],
+    seconds: float,
+) -> Place:
+    """Probes a place from all nodes at once."""
+    folder, name = asked.location(), f".cat-ray-doctor-{uuid.uuid4().hex[:12]}"
+    left_behind: list[str] = []
+    probes = {key: f"{name}-{number}" for number, key in enumerate(examiners)}
+    trials: list[Trial] = []
+
+    def tried() -> None:
+        answers, reasons = _gather(
+            {key: each.trial.remote(asked, probes[key], name) for key, each in examiners.items()},
+            seconds,
+        )
+        trials.extend(answers.values())
+        late = [Trial(nodes[key].name, refused="list", reason=why) for key, why in reasons.items()]
+        trials.extend(late)
+
+    if not asked.written:
+        tried()
+    else:
+        with cleared(folder, left_behind):
+            try:
+                (folder / name).write(b"cat-ray doctor")
+            except BadInput as error:
+                driver = next(iter(nodes.values())).name if nodes else "the driver"
+                trials.append(Trial(driver, refused="write", reason=str(error)))
+            else:
+                tried()
+            marks = [name, *probes.values()]
+            left_behind += [uri for n in marks for uri in _stays(folder / n)]
+    local = folder.local_path is not None
+    return Place(asked.key, asked.uri, asked.written, local, tuple(trials), tuple(left_behind))
+
+
+def _stays(probe: Location) -> Sequence[str]:
+    return () if take_away(probe) else (probe.uri,)
+
+
+def _pins() -> dict[str, str]:
+    """What the installed package asks for, by package."""
+    needed = [Requirement(line) for line in requires(PACKAGE) or ()]
+    pins = {each.name: str(each.specifier) for each in needed if each.name in PACKAGES}
+    return {"python": metadata(PACKAGE)["Requires-Python"] or "", **pins}
