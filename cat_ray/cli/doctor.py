@@ -9,7 +9,7 @@ from cat_ray import config as configuration
 from cat_ray.cli.shell import AsJson, Endpoint, Overrides, app, speaking_plainly
 from cat_ray.errors import BadInput
 
-LIMIT_SECONDS = 60.0
+REDUCE_SECONDS = 60.0
 
 
 @app.command()
@@ -22,9 +22,9 @@ def doctor(
         str | None, typer.Option(metavar="URI", help="A place to write to, beside the job's.")
     ] = None,
     endpoint_url: Endpoint = None,
-    limit_seconds: Annotated[
-        float, typer.Option(min=1.0, help="How long a node, or the all-reduce, may be silent.")
-    ] = LIMIT_SECONDS,
+    reduce_seconds: Annotated[
+        float, typer.Option(min=1.0, help="How long the all-reduce may take.")
+    ] = REDUCE_SECONDS,
     as_json: AsJson = False,
 ) -> None:
     """Check the cluster of RAY_ADDRESS, or this machine, before money is spent.
@@ -39,7 +39,7 @@ def doctor(
         from cat_ray.doctor.findings import findings, passed
         from cat_ray.doctor.table import findings_table, to_json
 
-        facts = examine(config, storage, endpoint_url, limit_seconds)
+        facts = examine(config, storage, endpoint_url, reduce_seconds)
         found = findings(facts)
         if as_json:
             typer.echo(to_json(facts, found))

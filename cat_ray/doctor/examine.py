@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from packaging.requirements import Requirement
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cat_ray.config import Config
@@ -32,6 +32,9 @@ from cat_ray.storage import Location, locate
 from cat_ray.versions import PACKAGES
 
 PACKAGE = "cat-ray"
+# A process of Ray's that imports torch takes its time on a busy machine, and a store that is down
+# longer.
+NODE_SECONDS = 120.0
 CLOCK_QUESTIONS = 5
 CONNECT_SECONDS = 3.0
 REASON_CHARACTERS = 200
@@ -86,7 +89,7 @@ class Examiner:
 
 
 def examine(
-    config: Config | None, uri: str | None, endpoint_url: str | None, limit_seconds: float
+    config: Config | None, uri: str | None, endpoint_url: str | None, reduce_seconds: float
 ) -> Facts:
     """Looks at the cluster of RAY_ADDRESS, or at this machine.
 
@@ -94,7 +97,7 @@ def examine(
         config: the job whose needs and storage count, if there is one.
         uri: a place in storage beside the job's.
         endpoint_url: of that place, if it isn't the job's.
-        limit_seconds: for how long a node, or the all-reduce, may be silent.
+        reduce_seconds: for how long the processes of the all-reduce may wait for each other.
 
     Raises:
         BadInput: a URI is none, or no cluster answers.
@@ -114,8 +117,7 @@ def examine(
         }
         staging = _staging_folder(config)
         answers, reasons = _gather(
-            {key: examiner.facts.remote(staging) for key, examiner in examiners.items()},
-            limit_seconds,
+            {key: examiner.facts.remote(staging) for key, examiner in examiners.items()}
         )
         examiners = {key: examiners[key] for key in silent if key in answers}
         nodes = {
@@ -134,9 +136,9 @@ def examine(
             pins=_pins(),
             needs=needs,
             nodes=tuple(nodes.values()),
-            links=_links(examiners, answering, address, limit_seconds),
-            reduction=_reduction(answering, address, needs.gpu, limit_seconds),
-            places=tuple(_place(each, examiners, answering, limit_seconds) for each in asked),
+            links=_links(examiners, answering, address),
+            reduction=_reduction(answering, address, needs.gpu, reduce_seconds),
+            places=tuple(_place(each, examiners, answering) for each in asked),
         )
 
 
@@ -170,6 +172,11 @@ def _at_cluster() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(connected(1, {}))
+        except AuthenticationError as error:
+            raise BadInput(
+                "the cluster at RAY_ADDRESS wants a token: set RAY_AUTH_MODE=token, and "
+                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+            ) from error
         except (ConnectionError, ValueError) as error:
             raise BadInput(
                 f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: "
@@ -203,7 +210,9 @@ def _pinned(kind: type, node_id: str, **options: Any) -> Any:
     return ray.remote(kind).options(scheduling_strategy=where, **options)
 
 
-def _gather(asked: Mapping[Any, Any], seconds: float) -> tuple[dict[Any, Any], dict[Any, str]]:
+def _gather(
+    asked: Mapping[Any, Any], seconds: float = NODE_SECONDS
+) -> tuple[dict[Any, Any], dict[Any, str]]:
     """The answers that come in time, and why there is none."""
     answers, reasons = {}, {}
     by_reference = {reference: key for key, reference in asked.items()}
@@ -249,16 +258,15 @@ def _links(
     examiners: Mapping[str, ActorHandle],
     nodes: Mapping[str, Node],
     address: Mapping[str, str],
-    seconds: float,
 ) -> tuple[Link, ...]:
     """From each node to each other one; a lone node connects to itself."""
-    ports, _ = _gather({key: each.ports.remote() for key, each in examiners.items()}, seconds)
+    ports, _ = _gather({key: each.ports.remote() for key, each in examiners.items()})
     asked = {}
     for key, examiner in examiners.items():
         others = [other for other in ports if other != key] or [key]
         targets = [(nodes[other].name, address[other], ports[other]) for other in others]
         asked[key] = examiner.links.remote(targets)
-    found, _ = _gather(asked, seconds + CONNECT_SECONDS * len(examiners))
+    found, _ = _gather(asked)
     return tuple(link for key in examiners for link in found.get(key, ()))
 
 
@@ -280,7 +288,7 @@ def _reduction(
     names = tuple(nodes[key].name for key in members)
     try:
         ports, reasons = _gather(
-            {rank: actor.free_port.remote() for rank, actor in enumerate(actors)}, seconds
+            {rank: actor.free_port.remote() for rank, actor in enumerate(actors)}
         )
         found: dict[int, tuple[int, float, float]] = {}
         if not reasons:
@@ -304,7 +312,6 @@ def _place(
     asked: Asked,
     examiners: Mapping[str, ActorHandle],
     nodes: Mapping[str, Node],
-    seconds: float,
 ) -> Place:
     """Probes a place from all nodes at once."""
     folder, name = asked.location(), f".cat-ray-doctor-{uuid.uuid4().hex[:12]}"
@@ -314,8 +321,7 @@ def _place(
 
     def tried() -> None:
         answers, reasons = _gather(
-            {key: each.trial.remote(asked, probes[key], name) for key, each in examiners.items()},
-            seconds,
+            {key: each.trial.remote(asked, probes[key], name) for key, each in examiners.items()}
         )
         trials.extend(answers.values())
         late = [Trial(nodes[key].name, refused="list", reason=why) for key, why in reasons.items()]
