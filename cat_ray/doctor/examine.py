@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import tempfile
 import time
 import uuid
@@ -129,15 +130,15 @@ def examine(
             )
             for key, node in silent.items()
         }
-        gpu = any(node.gpus for node in nodes.values())
-        needs = needs_of(config) if config else Needs(gpu=gpu)
+        usable = any(n.gpus and n.facts and n.facts.torch_gpus for n in nodes.values())
+        needs = needs_of(config) if config else Needs(gpu=usable)
         answering = {key: nodes[key] for key in examiners}
         return Facts(
             pins=_pins(),
             needs=needs,
             nodes=tuple(nodes.values()),
             links=_links(examiners, answering, address),
-            reduction=_reduction(answering, address, needs.gpu, reduce_seconds),
+            reduction=_reduction(answering, address, needs.gpu and usable, reduce_seconds),
             places=tuple(_place(each, examiners, answering) for each in asked),
         )
 
@@ -169,18 +170,20 @@ def _has_index(shards: Location) -> bool:
 
 @contextlib.contextmanager
 def _at_cluster() -> Iterator[None]:
+    address = os.environ.get("RAY_ADDRESS", "")
     with contextlib.ExitStack() as stack:
         try:
+            _knock(address)
             stack.enter_context(connected(1, {}))
         except AuthenticationError as error:
             raise BadInput(
                 "the cluster at RAY_ADDRESS wants a token: set RAY_AUTH_MODE=token, and "
                 "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from error
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise BadInput(
-                f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: "
-                f"{_last_line(error)}"
+                f"no Ray cluster answers at RAY_ADDRESS={address}: {_last_line(error)}; set it to "
+                "the head's address and port, as in 10.0.0.1:6379"
             ) from error
         except RuntimeError as error:
             if "ersion mismatch" not in str(error):
@@ -188,6 +191,13 @@ def _at_cluster() -> Iterator[None]:
             told = " ".join(str(error).split())
             raise RunFailed(f"{told} Use the cluster's image here as well") from error
         yield
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens, for which Ray itself takes many minutes."""
+    host, _, port = address.partition("://")[2 * ("://" in address)].rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 def _silent_node(row: Mapping[str, Any], addresses: Mapping[str, int]) -> Node:

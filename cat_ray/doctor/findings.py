@@ -7,7 +7,7 @@ from typing import Literal
 
 from packaging.specifiers import SpecifierSet
 
-from cat_ray.doctor.facts import Disk, Facts, Link, Node, NodeFacts, Place
+from cat_ray.doctor.facts import Facts, Link, Node, NodeFacts, Place
 
 Verdict = Literal["pass", "warn", "fail"]
 MEGA, GIGA = 10**6, 10**9
@@ -166,13 +166,15 @@ def _staging(facts: Facts) -> Finding:
     few, lines = [], []
     for node, each in _answering(facts):
         needed, disk = facts.needs.staging_bytes_on(node), each.staging
+        told = f"{node.name}: {_size(disk.free_bytes)} free at {disk.folder}"
+        told += f", a checkpoint needs {_size(needed)}" * (needed > 0)
+        lines.append((disk.free_bytes, told))
         if disk.free_bytes < needed:
-            few.append(f"{node.name}: {_free(disk)}, a checkpoint needs {_size(needed)}")
-        lines.append((disk.free_bytes, f"{_free(disk)}, a checkpoint needs {_size(needed)}"))
+            few.append(told)
     if few:
         advice = "set checkpoints.local_folder to a larger local disk, on all nodes"
         return Finding("checkpoint disk", "fail", "; ".join(few), advice)
-    return Finding("checkpoint disk", "pass", min(lines)[1] if lines else "")
+    return Finding("checkpoint disk", "pass", min(lines)[1])
 
 
 def _ray_temp(facts: Facts) -> Finding:
@@ -334,10 +336,6 @@ def _many(count: int, one: str, more: str = "") -> str:
 
 def _size(count: float) -> str:
     return f"{count / GIGA:.3g} GB" if count >= GIGA else f"{count / MEGA:.3g} MB"
-
-
-def _free(disk: Disk) -> str:
-    return f"{_size(disk.free_bytes)} free at {disk.folder}"
 
 
 def _rate(values: Sequence[float | None]) -> str:
