@@ -5,54 +5,34 @@ import os
 import socket
 import tempfile
 import time
-import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import metadata, requires
 from typing import Any
 
 import ray
 from packaging.requirements import Requirement
 from ray.actor import ActorHandle
-from ray.exceptions import AuthenticationError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import AuthenticationError
 
 from cat_ray.config import Config
 from cat_ray.connection import connected
-from cat_ray.data.index import INDEX_NAME
 from cat_ray.doctor.all_reduce import Member
-from cat_ray.doctor.facts import Clock, Facts, Link, Needs, Node, NodeFacts, Place, Reduction, Trial
+from cat_ray.doctor.asking import gather, last_line, pinned
+from cat_ray.doctor.facts import Clock, Facts, Link, Needs, Node, NodeFacts, Reduction, Trial
 from cat_ray.doctor.links import Listener, links_to
 from cat_ray.doctor.needs import needs_of
 from cat_ray.doctor.node import facts_here
-from cat_ray.doctor.storage_probe import cleared, take_away, try_reading, try_writing
+from cat_ray.doctor.places import Asked, places_of, probe
+from cat_ray.doctor.storage_probe import try_reading, try_writing
 from cat_ray.errors import BadInput, RunFailed
-from cat_ray.section import Storage
-from cat_ray.storage import Location, locate
+from cat_ray.storage import locate
 from cat_ray.versions import PACKAGES
 
 PACKAGE = "cat-ray"
-# A process of Ray's that imports torch takes its time on a busy machine, and a store that is down
-# longer.
-NODE_SECONDS = 120.0
 CLOCK_QUESTIONS = 5
 CONNECT_SECONDS = 3.0
-REASON_CHARACTERS = 200
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A place in storage that is to be probed, as it is sent to the nodes."""
-
-    key: str
-    uri: str
-    storage: Storage
-    written: bool
-
-    def location(self) -> Location:
-        """The place."""
-        return locate(self.uri, self.storage.endpoint_url, self.storage.region)
 
 
 class Examiner:
@@ -104,7 +84,7 @@ def examine(
         BadInput: a URI is none, or no cluster answers.
         RunFailed: the cluster has another version of Python or Ray than this machine.
     """
-    asked = _asked(config, uri, endpoint_url)
+    asked = places_of(config, uri, endpoint_url)
     with _at_cluster():
         alive = [each for each in ray.nodes() if each["Alive"]]
         own = ray.get_runtime_context().get_node_id()
@@ -113,11 +93,11 @@ def examine(
         silent = {each["NodeID"]: _silent_node(each, addresses) for each in alive}
         address = {each["NodeID"]: each["NodeManagerAddress"] for each in alive}
         examiners = {
-            key: _pinned(Examiner, key, num_cpus=0).remote(node.name, ":" in address[key])
+            key: pinned(Examiner, key, num_cpus=0).remote(node.name, ":" in address[key])
             for key, node in silent.items()
         }
         staging = _staging_folder(config)
-        answers, reasons = _gather(
+        answers, reasons = gather(
             {key: examiner.facts.remote(staging) for key, examiner in examiners.items()}
         )
         examiners = {key: examiners[key] for key in silent if key in answers}
@@ -139,33 +119,8 @@ def examine(
             nodes=tuple(nodes.values()),
             links=_links(examiners, answering, address),
             reduction=_reduction(answering, address, needs.gpu and usable, reduce_seconds),
-            places=tuple(_place(each, examiners, answering) for each in asked),
+            places=tuple(probe(each, examiners, answering) for each in asked),
         )
-
-
-def _asked(config: Config | None, uri: str | None, endpoint_url: str | None) -> list[Asked]:
-    """What to probe; each is known to be a URI."""
-    asked = []
-    storage = config.storage if config else Storage()
-    if config is not None:
-        shards = locate(config.data.shards, storage.endpoint_url, storage.region)
-        run = locate(config.run.folder, storage.endpoint_url, storage.region)
-        asked.append(Asked("run.folder", run.uri, storage, written=True))
-        made = config.data.source is not None and not _has_index(shards)
-        asked.append(Asked("data.shards", shards.uri, storage, written=made))
-    if uri is not None:
-        storage = storage.model_copy(update={"endpoint_url": endpoint_url or storage.endpoint_url})
-        place = locate(uri, storage.endpoint_url, storage.region)
-        asked.append(Asked("--storage", place.uri, storage, written=True))
-    return asked
-
-
-def _has_index(shards: Location) -> bool:
-    try:
-        return (shards / INDEX_NAME).exists()
-    except BadInput:
-        # Then it can't be read either, and the trials will say so.
-        return True
 
 
 @contextlib.contextmanager
@@ -182,7 +137,7 @@ def _at_cluster() -> Iterator[None]:
             ) from error
         except (OSError, ValueError) as error:
             raise BadInput(
-                f"no Ray cluster answers at RAY_ADDRESS={address}: {_last_line(error)}; set it to "
+                f"no Ray cluster answers at RAY_ADDRESS={address}: {last_line(error)}; set it to "
                 "the head's address and port, as in 10.0.0.1:6379"
             ) from error
         except RuntimeError as error:
@@ -215,35 +170,6 @@ def _silent_node(row: Mapping[str, Any], addresses: Mapping[str, int]) -> Node:
     )
 
 
-def _pinned(kind: type, node_id: str, **options: Any) -> Any:
-    where = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(kind).options(scheduling_strategy=where, **options)
-
-
-def _gather(
-    asked: Mapping[Any, Any], seconds: float = NODE_SECONDS
-) -> tuple[dict[Any, Any], dict[Any, str]]:
-    """The answers that come in time, and why there is none."""
-    answers, reasons = {}, {}
-    by_reference = {reference: key for key, reference in asked.items()}
-    if not by_reference:
-        return answers, reasons
-    ready, late = ray.wait(list(by_reference), num_returns=len(by_reference), timeout=seconds)
-    for reference in ready:
-        try:
-            answers[by_reference[reference]] = ray.get(reference)
-        except RayError as error:
-            reasons[by_reference[reference]] = _last_line(getattr(error, "cause", None) or error)
-    for reference in late:
-        reasons[by_reference[reference]] = f"nothing came in {seconds:g} s"
-    return answers, reasons
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:REASON_CHARACTERS] if lines else type(error).__name__
-
-
 def _clock(examiner: ActorHandle) -> Clock:
     """As NTP does: the answer was given halfway, give or take; the quickest of a few counts."""
     clocks = []
@@ -270,13 +196,13 @@ def _links(
     address: Mapping[str, str],
 ) -> tuple[Link, ...]:
     """From each node to each other one; a lone node connects to itself."""
-    ports, _ = _gather({key: each.ports.remote() for key, each in examiners.items()})
+    ports, _ = gather({key: each.ports.remote() for key, each in examiners.items()})
     asked = {}
     for key, examiner in examiners.items():
         others = [other for other in ports if other != key] or [key]
         targets = [(nodes[other].name, address[other], ports[other]) for other in others]
         asked[key] = examiner.links.remote(targets)
-    found, _ = _gather(asked)
+    found, _ = gather(asked)
     return tuple(link for key in examiners for link in found.get(key, ()))
 
 
@@ -292,12 +218,12 @@ def _reduction(
     if not members:
         return None
     actors = [
-        _pinned(Member, key, num_cpus=0, num_gpus=int(gpu and nodes[key].gpus >= 1)).remote()
+        pinned(Member, key, num_cpus=0, num_gpus=int(gpu and nodes[key].gpus >= 1)).remote()
         for key in members
     ]
     names = tuple(nodes[key].name for key in members)
     try:
-        ports, reasons = _gather(
+        ports, reasons = gather(
             {rank: actor.free_port.remote() for rank, actor in enumerate(actors)}
         )
         found: dict[int, tuple[int, float, float]] = {}
@@ -309,53 +235,13 @@ def _reduction(
                 for rank, actor in enumerate(actors)
             }
             # The processes themselves give up first, and say why.
-            found, reasons = _gather(asked, 1.5 * seconds)
+            found, reasons = gather(asked, 1.5 * seconds)
         large, taken, latency = found.get(0, (0, None, None))
         failures = tuple((names[rank], reason) for rank, reason in sorted(reasons.items()))
         return Reduction(backend, names, large, taken, latency, failures)
     finally:
         for actor in actors:
             ray.kill(actor)
-
-
-def _place(
-    asked: Asked,
-    examiners: Mapping[str, ActorHandle],
-    nodes: Mapping[str, Node],
-) -> Place:
-    """Probes a place from all nodes at once."""
-    folder, name = asked.location(), f".cat-ray-doctor-{uuid.uuid4().hex[:12]}"
-    left_behind: list[str] = []
-    probes = {key: f"{name}-{number}" for number, key in enumerate(examiners)}
-    trials: list[Trial] = []
-
-    def tried() -> None:
-        answers, reasons = _gather(
-            {key: each.trial.remote(asked, probes[key], name) for key, each in examiners.items()}
-        )
-        trials.extend(answers.values())
-        late = [Trial(nodes[key].name, refused="list", reason=why) for key, why in reasons.items()]
-        trials.extend(late)
-
-    if not asked.written:
-        tried()
-    else:
-        with cleared(folder, left_behind):
-            try:
-                (folder / name).write(b"cat-ray doctor")
-            except BadInput as error:
-                driver = next(iter(nodes.values())).name if nodes else "the driver"
-                trials.append(Trial(driver, refused="write", reason=str(error)))
-            else:
-                tried()
-            marks = [name, *probes.values()]
-            left_behind += [uri for n in marks for uri in _stays(folder / n)]
-    local = folder.local_path is not None
-    return Place(asked.key, asked.uri, asked.written, local, tuple(trials), tuple(left_behind))
-
-
-def _stays(probe: Location) -> Sequence[str]:
-    return () if take_away(probe) else (probe.uri,)
 
 
 def _pins() -> dict[str, str]:

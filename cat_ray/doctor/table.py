@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cat_ray.doctor.facts import Facts
-from cat_ray.doctor.findings import Finding, passed
+from cat_ray.doctor.finding import Finding
+from cat_ray.doctor.findings import passed
 
 STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 

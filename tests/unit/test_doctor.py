@@ -19,7 +19,8 @@ from cat_ray.doctor.facts import (
     Reduction,
     Trial,
 )
-from cat_ray.doctor.findings import Finding, findings, passed
+from cat_ray.doctor.finding import Finding
+from cat_ray.doctor.findings import findings, passed
 from cat_ray.doctor.table import findings_table, to_json
 
 GIGA = 10**9
