@@ -170,15 +170,15 @@ def _silent_node(row: Mapping[str, Any], addresses: Mapping[str, int]) -> Node:
     )
 
 
-def _clock(examiner: ActorHandle) -> Clock:
+def _clock(examiner: ActorHandle) -> Clock | None:
     """As NTP does: the answer was given halfway, give or take; the quickest of a few counts."""
     clocks = []
-    for _ in range(CLOCK_QUESTIONS):
+    for number in range(CLOCK_QUESTIONS):
         begun = time.time()
-        there = ray.get(examiner.now.remote())
+        answers, _ = gather({number: examiner.now.remote()})
         ended = time.time()
-        clocks.append(Clock(there - (begun + ended) / 2, ended - begun))
-    return min(clocks, key=lambda clock: clock.round_trip_seconds)
+        clocks += [Clock(now - (begun + ended) / 2, ended - begun) for now in answers.values()]
+    return min(clocks, key=lambda clock: clock.round_trip_seconds, default=None)
 
 
 def _staging_folder(config: Config | None) -> str:
