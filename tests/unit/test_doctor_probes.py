@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,12 +100,20 @@ def test_open_closed_and_strange_ports_are_told_apart():
     closed = socket.create_server(("127.0.0.1", 0))
     closed_port = closed.getsockname()[1]
     closed.close()
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        silent_port = silent.getsockname()[1]
-        ports = (*listener.ports, closed_port, silent_port)
-        (link,) = links_to("a", [("b", "127.0.0.1", ports)], seconds=0.5)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        socket.create_server(("127.0.0.1", 0)) as strange,
+    ):
+        silent_port, strange_port = (each.getsockname()[1] for each in (silent, strange))
+        threading.Thread(target=lambda: strange.accept()[0].sendall(b"HTTP/1.1 400")).start()
+        ports = (*listener.ports, closed_port, silent_port, strange_port)
+        (link,) = links_to("a", [("b", "127.0.0.1", ports)], seconds=2)
     assert (link.source, link.target, link.ports) == ("a", "b", ports)
-    assert link.blocked == {closed_port: "Connection refused", silent_port: "timed out"}
+    assert link.blocked == {
+        closed_port: "Connection refused",
+        silent_port: "timed out",
+        strange_port: "something else answers",
+    }
     listener.close()
 
 
