@@ -72,6 +72,12 @@ class Location:
         return self.path.rsplit("/", 1)[-1]
 
     @property
+    def parent(self) -> "Location | None":
+        """The folder that it lies in; None for a bucket, and for the root of a disk."""
+        above, _, name = self.path.rpartition("/")
+        return replace(self, path=above, uri=self.uri[: -len(name) - 1]) if above else None
+
+    @property
     def local_path(self) -> Path | None:
         """The path on this machine, or None for an object store."""
         return Path(self.path) if isinstance(self.filesystem, fs.LocalFileSystem) else None
@@ -85,6 +91,11 @@ class Location:
     def exists(self) -> bool:
         """Whether there is a file here."""
         return self.size() is not None
+
+    def is_folder(self) -> bool:
+        """Whether there is a folder here; on an object store, anything below."""
+        with self._explained():
+            return self.filesystem.get_file_info(self.path).type == fs.FileType.Directory
 
     def read(self) -> bytes:
         """The file's bytes.

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import boto3
@@ -174,9 +175,9 @@ class S3Server:
         make = [_juicefs(), "format", "--storage", "file", "--bucket", f"{self.folder}/data/"]
         subprocess.run([*make, self._metadata, "test"], check=True, capture_output=True)
 
-    def start(self) -> None:
+    def start(self, *options: str) -> None:
         """Starts it and waits until it answers."""
-        command = [_juicefs(), "gateway", "--multi-buckets", "--no-usage-report"]
+        command = [_juicefs(), "gateway", "--multi-buckets", "--no-usage-report", *options]
         with (self.folder / "gateway.log").open("a") as log:
             self.process = subprocess.Popen(
                 [*command, self._metadata, self.address], stdout=log, stderr=log
@@ -188,6 +189,16 @@ class S3Server:
             except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError):
                 assert attempt < 59, (self.folder / "gateway.log").read_text()[-2000:]
                 time.sleep(1)
+
+    @contextmanager
+    def also_read_only(self) -> Iterator[str]:
+        """The endpoint of another front of the same folder, which refuses every write."""
+        front = replace(self, address=f"127.0.0.1:{free_port()}", process=None)
+        front.start("--read-only")
+        try:
+            yield front.endpoint_url
+        finally:
+            front.kill()
 
     def kill(self) -> None:
         """SIGKILL: connections break, nothing answers any more."""

@@ -50,6 +50,7 @@ COMMANDS = (
     "verify-resume",
     "report",
     "bench",
+    "doctor",
 )
 
 
