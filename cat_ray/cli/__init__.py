@@ -4,7 +4,7 @@ Modules are imported in the commands, so that help and mistakes are told at once
 """
 
 # Imported in the order in which `cat-ray --help` lists their commands.
-from cat_ray.cli import data, runs, evaluation, proofs, bench  # noqa: F401, I001
+from cat_ray.cli import data, runs, jobs, evaluation, proofs, bench  # noqa: F401, I001
 from cat_ray.cli.shell import app
 
 __all__ = ["app"]

@@ -37,6 +37,9 @@ from cat_ray.training.faults import Fault
 
 COMMANDS = (
     "train",
+    "submit",
+    "status",
+    "stop",
     "prepare",
     "sample",
     "fid",
