@@ -137,10 +137,7 @@ class JobServer:
                 "with its port (8265), and reachable from here?"
             ) from error
         except (requests.RequestException, RayStateApiException, ValueError, KeyError) as error:
-            raise ServerDown(
-                f"{self.address} doesn't answer as the dashboard of Ray {ray.__version__} does: "
-                f"{_line(error)}"
-            ) from error
+            raise self._strange(error) from error
         except RuntimeError as error:
             raise self._told(str(error), submission_id) from error
 
@@ -150,7 +147,7 @@ class JobServer:
                 f"{self.address} asks for a token: set {AUTH_MODE}=token, and the cluster's token "
                 f"in {TOKEN_PLACES}"
             )
-        return f"{self.address} refuses the token of {TOKEN_PLACES}: it is another cluster's"
+        return f"{self.address} refuses the token of {TOKEN_PLACES}: is it another cluster's?"
 
     def _told(self, told: str, submission_id: str) -> BadInput:
         if "already exists" in told:
@@ -159,7 +156,13 @@ class JobServer:
             return BadInput(
                 f"{self.address} has no job {submission_id}: `cat-ray status` lists them"
             )
-        return ServerDown(f"{self.address} failed: {_line(told)}")
+        return self._strange(told)
+
+    def _strange(self, told: object) -> ServerDown:
+        return ServerDown(
+            f"{self.address} doesn't answer as the dashboard of Ray {ray.__version__} does: "
+            f"{_line(told)}"
+        )
 
 
 def ending_of(job: JobDetails) -> Ending | None:

@@ -52,7 +52,11 @@ def jobs_table(jobs: Sequence[Status]) -> RenderableType:
     """All jobs, a line each."""
     if not jobs:
         return "no job was submitted here by cat-ray"
-    table = Table("id", "state", "exit code", "started", "ended", "folder")
+    table = Table()
+    # An id that is cut can't be copied.
+    table.add_column("id", no_wrap=True, min_width=max(len(job.id) for job in jobs))
+    for heading in ("state", "exit code", "started", "ended", "folder"):
+        table.add_column(heading, overflow="fold")
     for job in jobs:
         folder = job.metadata.get("folder", "")
         table.add_row(job.id, job.state, _code(job), _time(job.started), _time(job.ended), folder)
@@ -61,7 +65,8 @@ def jobs_table(jobs: Sequence[Status]) -> RenderableType:
 
 def job_table(job: Status, log: str) -> RenderableType:
     """One job, and the end of its log."""
-    table = Table(show_header=False, title=job.id, title_justify="left")
+    table = Table("", "", show_header=False, title=job.id, title_justify="left")
+    table.columns[1].overflow = "fold"
     rows = {
         "state": job.state,
         "exit code": _code(job),
