@@ -9,8 +9,6 @@ from rich.console import Console
 from cat_ray.cli.shell import AsJson, Job, Overrides, app, speaking_plainly
 from cat_ray.errors import BadInput
 
-INTERRUPTED = 130
-
 Address = Annotated[
     str,
     typer.Option(
@@ -62,15 +60,9 @@ def submit(
                 _say(how_to_go_on(server, submission_id))
                 return
             _say(f"submitted {submission_id}")
-            try:
-                ending = follow_with_retries(
-                    server, parcel, submission_id, retries, retry_failures, _show, _say
-                )
-            except KeyboardInterrupt:
-                _say(
-                    f"not followed any more, nor tried again: `cat-ray status --address {address}`"
-                )
-                raise typer.Exit(INTERRUPTED) from None
+            ending = follow_with_retries(
+                server, parcel, submission_id, retries, retry_failures, _show, _say
+            )
         raise typer.Exit(ending.exit_code)
 
 

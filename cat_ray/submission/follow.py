@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from cat_ray.errors import RunFailed
+from cat_ray.errors import NotFollowed, RunFailed
 from cat_ray.submission.attempt import POLL_SECONDS, Parcel, how_to_go_on, start
 from cat_ray.submission.ending import Ending, goes_on, pause_seconds
 from cat_ray.submission.server import JobServer, ServerDown, ending_of
@@ -31,7 +31,16 @@ class Follower:
 
         Raises:
             RunFailed: nobody answers any more.
+            NotFollowed: Ctrl-C was pressed; the attempt goes on.
         """
+        try:
+            return self._to_the_end()
+        except KeyboardInterrupt:
+            raise NotFollowed(
+                f"{self._id} runs on: {how_to_go_on(self._server, self._id)}"
+            ) from None
+
+    def _to_the_end(self) -> Ending:
         down_since: float | None = None
         while True:
             try:
@@ -89,6 +98,10 @@ def follow_with_retries(
 
     Returns:
         How the last one ended.
+
+    Raises:
+        RunFailed: nobody answers any more.
+        NotFollowed: Ctrl-C was pressed.
     """
     for retry in range(1, retries + 2):
         ending = Follower(server, submission_id, show).follow()
@@ -96,7 +109,10 @@ def follow_with_retries(
             break
         pause = pause_seconds(retry)
         say(f"{submission_id} ended: {ending}; retry {retry} of {retries} in {pause:.0f} s")
-        time.sleep(pause)
+        try:
+            time.sleep(pause)
+        except KeyboardInterrupt:
+            raise NotFollowed("there is no retry any more: the same command goes on") from None
         submission_id = start(server, parcel)
         say(f"submitted {submission_id}")
     say(f"{submission_id} ended: {ending}")

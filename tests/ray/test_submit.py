@@ -171,6 +171,19 @@ def test_a_stopped_job_leaves_a_complete_checkpoint(
     assert again.stderr.startswith(f"cat-ray: {submission_id} is at work in {run.path}: ")
     assert len(again.stderr.splitlines()) == 1
 
+    follower = subprocess.Popen(
+        head.cat_ray("status", submission_id, "--follow"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert follower.stdout is not None
+    assert follower.stdout.readline()
+    follower.send_signal(signal.SIGINT)
+    assert f"{submission_id} runs on: follow it with" in follower.communicate()[1]
+    assert follower.returncode == 130
+    assert head.driver() is not None
+
     stopped = call(head.cat_ray("stop", submission_id), tmp_path)
     checkpoint = newest(run)
     assert checkpoint is not None and verify(checkpoint) == []
