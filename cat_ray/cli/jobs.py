@@ -112,9 +112,7 @@ def stop(
         from cat_ray.submission.attempt import stop as stop_attempt
         from cat_ray.submission.server import JobServer
 
-        ending, checkpoint = stop_attempt(JobServer(address), submission_id)
-        told = f"with the checkpoint {checkpoint}" if checkpoint else "without a new checkpoint"
-        typer.echo(f"{submission_id} {ending.word} {told}")
+        typer.echo(stop_attempt(JobServer(address), submission_id))
 
 
 def _show(text: str) -> None:

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, RunFailed
 from cat_ray.operations.outcome import checkpoint_told
-from cat_ray.submission.ending import Ending
 from cat_ray.submission.job import (
     Submission,
     code_commit,
@@ -95,19 +94,29 @@ def how_to_go_on(server: JobServer, submission_id: str) -> str:
     )
 
 
-def stop(server: JobServer, submission_id: str) -> tuple[Ending, str | None]:
+def stop(server: JobServer, submission_id: str) -> str:
     """Stops an attempt, and waits until it has ended.
 
     Returns:
-        How it ended, and the checkpoint that it says it has stopped with, if it does.
+        How it ended and, of training, the checkpoint that the same submission goes on from.
 
     Raises:
         BadInput: there is no such job, or it had ended before.
+        RunFailed: training ended without saving.
     """
-    ending = ending_of(server.job(submission_id))
+    job = server.job(submission_id)
+    ending = ending_of(job)
     if ending is not None:
-        raise BadInput(f"{submission_id} had ended before: {ending.word}")
+        raise BadInput(f"{submission_id} had ended before: {ending}")
     server.stop(submission_id)
     while (ending := ending_of(server.job(submission_id))) is None:
         time.sleep(POLL_SECONDS)
-    return ending, checkpoint_told(server.log(submission_id))
+    if not ending.stopped or (job.metadata or {}).get("command") != "train":
+        return f"{submission_id} ended: {ending}"
+    checkpoint = checkpoint_told(server.log(submission_id))
+    if checkpoint is None:
+        raise RunFailed(
+            f"{submission_id} ended without saving: it had not begun to train, or was killed "
+            "after --stop-seconds; the same submission goes on from an older checkpoint, if any"
+        )
+    return f"{submission_id} stopped with the checkpoint {checkpoint}"

@@ -78,7 +78,7 @@ class JobServer:
         """Whether all its nodes are here, and not behind a forwarded port."""
         with self._explained():
             nodes = list_nodes(self.address, filters=[("state", "=", "ALIVE")])
-        return all(_is_own_address(node.node_ip) for node in nodes)
+        return all(is_own_address(node.node_ip) for node in nodes)
 
     def submit(
         self,
@@ -185,7 +185,7 @@ def _line(told: object) -> str:
     return next((line for line in reversed(lines) if line), type(told).__name__)
 
 
-def _is_own_address(address: str) -> bool:
+def is_own_address(address: str) -> bool:
     """Whether this machine has the address: only then can a socket be bound to it."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:

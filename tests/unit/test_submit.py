@@ -26,6 +26,7 @@ from cat_ray.submission.job import (
     read_submission,
 )
 from cat_ray.submission.package import LIMIT_BYTES, PACKAGE, check_size, code_files, fill
+from cat_ray.submission.server import is_own_address
 
 JOBS = {
     "quickstart.yaml": "train",
@@ -254,6 +255,11 @@ def test_a_log_tells_the_checkpoint_that_a_run_stopped_with():
 
 
 # What is told before anything is sent.
+
+
+@pytest.mark.parametrize(("address", "own"), [("127.0.0.1", True), ("203.0.113.1", False)])
+def test_a_cluster_is_this_machine_if_this_machine_has_its_addresses(address: str, own: bool):
+    assert is_own_address(address) == own
 
 
 @pytest.mark.parametrize(
