@@ -7,13 +7,6 @@ from cat_ray.operations.outcome import EXIT_CODES
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 300.0
 SIGNALLED = 128
-# Ray's words for a driver that went with its machine or with the process that watched it.
-LOST = (
-    "JOB_SUPERVISOR_ACTOR_DIED",
-    "JOB_SUPERVISOR_ACTOR_START_TIMEOUT",
-    "JOB_SUPERVISOR_ACTOR_START_FAILURE",
-    "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE",
-)
 OUTCOMES = {code: outcome for outcome, code in EXIT_CODES.items()}
 
 
@@ -23,14 +16,13 @@ class Ending:
 
     Attributes:
         stopped: somebody asked Ray to stop it.
-        code: of the command as Ray tells it, negative for a signal; None if Ray doesn't know.
-        error_type: Ray's, where it has one.
+        code: of the command as Ray tells it, negative for a signal; None if it didn't come up, or
+            went with its machine.
         message: Ray's.
     """
 
     stopped: bool
     code: int | None
-    error_type: str | None = None
     message: str = ""
 
     @property
@@ -50,13 +42,13 @@ class Ending:
 
     @property
     def word(self) -> str:
-        """For people: `finished`, `failed`, `bad input`, `unfinished`, `stopped`, `killed`..."""
+        """For people: the outcome, or `stopped`, `killed by ...` or `lost`."""
         if self.stopped:
             return "stopped"
         if self.killed_by:
             return f"killed by {self.killed_by}"
         if self.code is None:
-            return "lost" if self.error_type in LOST else "not started"
+            return "lost"
         return OUTCOMES.get(self.exit_code, "failed")
 
     def __str__(self) -> str:
@@ -71,13 +63,13 @@ def goes_on(ending: Ending, retry_failures: bool) -> bool:
     It does after exit code 75 and where the command was killed or lost; after a failure only if
     that was asked for; never after bad input, nor if somebody stopped it.
     """
-    if ending.stopped or ending.exit_code == EXIT_CODES["finished"]:
+    if ending.stopped:
         return False
-    if ending.exit_code == EXIT_CODES["unfinished"] or ending.killed_by:
+    # What is sent can't keep a command from coming up: it is the cluster that failed.
+    if ending.code is None or ending.killed_by:
         return True
-    if ending.code is None:
-        return ending.error_type in LOST
-    return ending.exit_code == EXIT_CODES["failed"] and retry_failures
+    again = ("unfinished", "failed") if retry_failures else ("unfinished",)
+    return ending.exit_code in (EXIT_CODES[outcome] for outcome in again)
 
 
 def pause_seconds(retries: int) -> float:

@@ -174,7 +174,6 @@ def ending_of(job: JobDetails) -> Ending | None:
     return Ending(
         stopped=job.status == JobStatus.STOPPED,
         code=job.driver_exit_code,
-        error_type=job.error_type,
         message=_line(job.message or ""),
     )
 
