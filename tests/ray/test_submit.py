@@ -34,6 +34,8 @@ class Head:
         command, *rest = arguments
         return [
             "env",
+            # Ignored in what runs in the background of a script.
+            "--default-signal=INT",
             f"RAY_AUTH_TOKEN={token}",
             str(BIN / "cat-ray"),
             command,
@@ -205,6 +207,7 @@ def test_a_stopped_job_leaves_a_complete_checkpoint(
         (TOKEN, ("status", "nobody-1"), "has no job nobody-1"),
         (TOKEN, ("stop", "nobody-1"), "has no job nobody-1"),
     ],
+    ids=["a token, status", "a token, submit", "an id, status", "an id, stop"],
 )
 def test_a_wrong_token_or_id_is_one_line(
     head: Head, job_file: Path, tmp_path: Path, token: str, arguments: tuple[str, ...], told: str
