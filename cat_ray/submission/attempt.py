@@ -102,7 +102,7 @@ def stop(server: JobServer, submission_id: str) -> str:
 
     Raises:
         BadInput: there is no such job, or it had ended before.
-        RunFailed: training ended without saving.
+        RunFailed: training ended without telling of a checkpoint.
     """
     job = server.job(submission_id)
     ending = ending_of(job)
@@ -116,7 +116,7 @@ def stop(server: JobServer, submission_id: str) -> str:
     checkpoint = checkpoint_told(server.log(submission_id))
     if checkpoint is None:
         raise RunFailed(
-            f"{submission_id} ended without saving: it had not begun to train, or was killed "
-            "after --stop-seconds; the same submission goes on from an older checkpoint, if any"
+            f"{submission_id} ended before it told of a checkpoint: it had not begun to train, or "
+            "was killed after --stop-seconds; the same submission goes on from the newest one"
         )
     return f"{submission_id} stopped with the checkpoint {checkpoint}"

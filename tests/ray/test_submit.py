@@ -98,7 +98,7 @@ def head(new_port: Callable[[], int]) -> Iterator[Head]:
         yield started
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=60)
+        process.wait(timeout=WAIT_SECONDS)
         shutil.rmtree(folder, ignore_errors=True)
 
 
