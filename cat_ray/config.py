@@ -418,18 +418,26 @@ def load(path: str, overrides: Sequence[str] = (), kind: type[Job] = Config) -> 
     Raises:
         BadInput: the file is missing, isn't YAML, or holds an unknown key or a bad value.
     """
+    return parse(read_text(path), path, overrides, kind)
+
+
+def read_text(path: str) -> str:
+    """A job file's text.
+
+    Raises:
+        BadInput: the file is missing, or no text.
+    """
     try:
-        text = Path(path).read_text()
+        return Path(path).read_text()
     except OSError as error:
         raise BadInput(f"can't read the job file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not a text file: a job is YAML, see jobs/") from error
-    return parse(text, path, overrides, kind)
 
 
 def parse(text: str, name: str, overrides: Sequence[str] = (), kind: type[Job] = Config) -> Job:
     """As `load`, from YAML text; `name` is used in messages."""
-    values = _read_yaml(text, name)
+    values = read_yaml(text, name)
     if not isinstance(values, dict):
         raise BadInput(f"{name} must hold sections such as run: and data:, see jobs/")
     needed = [key for key, field in kind.model_fields.items() if field.is_required()]
@@ -444,12 +452,24 @@ def parse(text: str, name: str, overrides: Sequence[str] = (), kind: type[Job] =
         raise BadInput(f"{name}: " + "; ".join(lines)) from error
 
 
-def dump(config: Config) -> str:
+def read_yaml(text: str, name: str) -> Any:
+    """What YAML holds; `name` is used in messages.
+
+    Raises:
+        BadInput: it isn't YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def dump(config: Section) -> str:
     """The resolved configuration as YAML, every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def flatten(config: Config) -> dict[str, Any]:
+def flatten(config: Section) -> dict[str, Any]:
     """The configuration as dotted keys and plain values."""
 
     def walk(values: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -464,13 +484,6 @@ def flatten(config: Config) -> dict[str, Any]:
     return walk(config.model_dump(mode="json"), "")
 
 
-def _read_yaml(text: str, name: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
-
-
 def _override(values: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     if not separator:
@@ -480,7 +493,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise BadInput(f"--set {override}: {section} is a value, not a section")
-    values[last] = _read_yaml(text, f"--set {override}")
+    values[last] = read_yaml(text, f"--set {override}")
 
 
 def _explain(problem: dict[str, Any], kind: type[Section]) -> str:

@@ -32,3 +32,9 @@ class RunFailed(Exception):
     """The run can't go on by itself. The message says why; the exit code is 1."""
 
     exit_code = 1
+
+
+class NotFollowed(Exception):
+    """Ctrl-C ended the following of a job that runs elsewhere. The message says what goes on."""
+
+    exit_code = 130

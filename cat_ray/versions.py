@@ -3,9 +3,13 @@
 import platform
 from importlib.metadata import version
 
-PACKAGES = ("cat-ray", "torch", "ray", "deepspeed", "numpy", "safetensors")
+from cat_ray import __version__
+
+PACKAGES = ("torch", "ray", "deepspeed", "numpy", "safetensors")
 
 
 def versions() -> dict[str, str]:
     """Version by package, and Python's."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    # Our own code may have come with a job, and not be installed where it runs.
+    ours = {"python": platform.python_version(), "cat-ray": __version__}
+    return ours | {name: version(name) for name in PACKAGES}

@@ -115,6 +115,12 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+@pytest.fixture(scope="session")
+def new_port() -> Callable[[], int]:
+    """Finds a port of this machine that nobody listens on, at every call."""
+    return free_port
+
+
 RunGroup = Callable[..., None]
 
 

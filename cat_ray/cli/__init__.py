@@ -9,6 +9,7 @@ from cat_ray.cli import (  # noqa: F401, I001
     planning,
     data,
     runs,
+    jobs,
     evaluation,
     export,
     proofs,

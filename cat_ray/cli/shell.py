@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cat_ray.errors import BadInput, RunFailed, Unfinished
+from cat_ray.errors import BadInput, NotFollowed, RunFailed, Unfinished
 from cat_ray.storage import Location
 
 app = typer.Typer(
@@ -56,6 +56,6 @@ def speaking_plainly() -> Iterator[None]:
     """What was foreseen ends the command with one message and its exit code, no traceback."""
     try:
         yield
-    except (BadInput, RunFailed, Unfinished) as error:
+    except (BadInput, NotFollowed, RunFailed, Unfinished) as error:
         print(f"cat-ray: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None

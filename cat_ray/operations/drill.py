@@ -243,7 +243,8 @@ def _befall(fault: Fault, node_id: str, cluster: Cluster, cpus: int) -> None:
 def _nodes(workers: int, cpus: int) -> Iterator[Cluster]:
     """A cluster here: a head that trains nothing, and a node for each worker."""
     # A node that is added from a thread can't set the handlers that would end it at exit.
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0}, shutdown_at_exit=False)
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
     for _ in range(workers):
         cluster.add_node(num_cpus=cpus)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="WARNING")

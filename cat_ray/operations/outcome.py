@@ -1,13 +1,16 @@
 """`outcome.json`: how the last call that trained a run ended, for scripts and schedulers.
 
-Ray's own job command turns every failure into exit code 1; this file keeps the difference.
+Ray's own job command turns every failure into exit code 1; this file keeps the difference. Who
+can't reach the run's folder reads in the log which checkpoint a run stopped with.
 """
 
 import json
+import re
 import time
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from cat_ray.checkpoint.retain import images_of
 from cat_ray.storage import Location
 
 OUTCOME = "outcome.json"
@@ -44,3 +47,16 @@ def write_outcome(run: Location, outcome: End, images: int, message: str = "") -
     """Writes the file anew."""
     ended = Outcome(outcome, images, message, EXIT_CODES[outcome], time.time())
     (run / OUTCOME).write(json.dumps(asdict(ended), indent=1).encode())
+
+
+def stopped_with(checkpoint: Location | None) -> str:
+    """How the message of a call that stopped before its end begins."""
+    if checkpoint is None:
+        return "stopped before the first checkpoint"
+    return f"stopped with {images_of(checkpoint.name):,} images in the checkpoint {checkpoint.uri}"
+
+
+def checkpoint_told(log: str) -> str | None:
+    """The checkpoint of the last `stopped_with` in a log, or None."""
+    found = re.findall(r"stopped with [\d,]+ images in the checkpoint (.+?) \(", log)
+    return found[-1] if found else None

@@ -30,7 +30,7 @@ from cat_ray.data.stream import (
 )
 from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
 from cat_ray.operations.identity import claim
-from cat_ray.operations.outcome import forget_outcome, write_outcome
+from cat_ray.operations.outcome import forget_outcome, stopped_with, write_outcome
 from cat_ray.operations.progress import Progress
 from cat_ray.operations.prometheus import Exported
 from cat_ray.storage import Location, locate
@@ -218,8 +218,7 @@ def _fit(
         told = told_to_user(error)
         if isinstance(told, GaveWay):
             raise Unfinished(
-                f"stopped with a checkpoint at {_images(run):,} images ({told}); "
-                "run the same command again to go on"
+                f"{stopped_with(newest(run))} ({told}); run the same command again to go on"
             ) from error
         if told is not None:
             raise told from error

@@ -40,6 +40,9 @@ from cat_ray.training.faults import Fault
 COMMANDS = (
     "plan",
     "train",
+    "submit",
+    "status",
+    "stop",
     "prepare",
     "sample",
     "fid",
