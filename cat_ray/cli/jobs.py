@@ -41,7 +41,7 @@ def submit(
         int, typer.Option(min=1, help="How long a stop may take to save, before it is a kill.")
     ] = 600,
 ) -> None:
-    """Send a job of train, fid or prepare to a Ray cluster."""
+    """Send a job of train, fid, sample or prepare to a Ray cluster."""
     with speaking_plainly():
         from cat_ray.submission.job import read_submission
 

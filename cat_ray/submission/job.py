@@ -11,18 +11,21 @@ from pathlib import Path
 from cat_ray import __version__, config
 from cat_ray.data.preparation import Preparation
 from cat_ray.errors import BadInput
-from cat_ray.evaluation.measurement import Measurement
+from cat_ray.evaluation.measurement import Measurement, Sampling
 from cat_ray.section import Section
 
 JOB_NAME = "job.yaml"
+# Samples are not measured where nothing says by what.
 KINDS: dict[str, type[Section]] = {
     "train": config.Config,
+    "sample": Sampling,
     "fid": Measurement,
     "prepare": Preparation,
 }
 # What a command reads and writes, the folder that it writes to first.
 PLACES = {
     "train": ("run.folder", "data.shards"),
+    "sample": ("output.folder", "samples.checkpoint"),
     "fid": ("output.folder", "samples.checkpoint", "reference"),
     "prepare": ("output.folder", "source.uri"),
 }
@@ -37,7 +40,7 @@ class Submission:
 
     Attributes:
         name: the readable part of its id.
-        command: of `cat-ray`: `train`, `fid` or `prepare`.
+        command: of `cat-ray`: `train`, `sample`, `fid` or `prepare`.
         text: the resolved job as YAML.
         places: of `PLACES`, those that are set.
     """
