@@ -25,7 +25,7 @@ from cat_ray.submission.job import (
     next_attempt,
     read_submission,
 )
-from cat_ray.submission.package import LIMIT_BYTES, PACKAGE, check_size, code_files, fill
+from cat_ray.submission.package import LIMIT_BYTES, check_size, code_files, fill
 from cat_ray.submission.server import is_own_address
 
 JOBS = {
