@@ -21,6 +21,8 @@ from cat_ray.storage import Location, locate
 BIN = Path(sys.executable).parent
 TOKEN, OTHER_TOKEN = 32 * "0a", 32 * "0b"
 WAIT_SECONDS = 300
+# Whose start takes less than that of two.
+ONE_WORKER = ("workers.minimum=1", "workers.maximum=1")
 
 
 @dataclass
@@ -97,7 +99,8 @@ def head(new_port: Callable[[], int]) -> Iterator[Head]:
         )
         yield started
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        # A cluster that is asked to end takes half a minute for it.
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=WAIT_SECONDS)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -118,7 +121,8 @@ def call(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 def test_a_submitted_job_whose_driver_is_killed_ends_as_one_in_peace(
     head: Head, job_file: Path, tmp_path: Path
 ) -> None:
-    changes = ("--set", "run.total_images=320", "--set", "data.shards=shards")
+    values = ("run.total_images=320", "data.shards=shards", *ONE_WORKER)
+    changes = [part for value in values for part in ("--set", value)]
     peace = call(
         head.cat_ray("submit", "job.yaml", "--follow", *changes, "--set", "run.folder=peace"),
         tmp_path,
@@ -161,7 +165,9 @@ def test_a_stopped_job_leaves_a_complete_checkpoint(
     head: Head, job_file: Path, tmp_path: Path
 ) -> None:
     run = locate(f"{tmp_path}/run")
-    submit = head.cat_ray("submit", "job.yaml", "--set", "run.total_images=1600000")
+    values = ("run.total_images=1600000", *ONE_WORKER)
+    changes = [part for value in values for part in ("--set", value)]
+    submit = head.cat_ray("submit", "job.yaml", *changes)
     submitted = call(submit, tmp_path)
     assert submitted.returncode == 0, submitted.stderr
     submission_id = submitted.stdout.strip()
