@@ -53,7 +53,7 @@ def cost(
 ) -> None:
     """Show where every worker-second of a run went, and what it cost."""
     with speaking_plainly():
-        from cat_ray.operations.cost import cost_table, summarise, to_json
+        from cat_ray.operations.cost import beside_seconds_of, cost_table, summarise, to_json
         from cat_ray.operations.goodput import read_ledger
         from cat_ray.operations.identity import CONFIG_NAME
         from cat_ray.operations.journal import read_rows
@@ -61,8 +61,7 @@ def cost(
         place = existing_run(locate(run, endpoint_url))
         prices = configuration.parse((place / CONFIG_NAME).read().decode(), place.uri).cost
         rates = prices.spot_per_gpu_hour, prices.on_demand_per_gpu_hour
-        measured = [row for row in read_rows(place) if row["kind"] == "measured"]
-        beside_seconds = sum(row["worker_seconds"] for row in measured)
+        beside_seconds = beside_seconds_of(read_rows(place))
         summary = summarise(read_ledger(place), beside_seconds=beside_seconds)
         if as_json:
             typer.echo(to_json(summary, *rates))

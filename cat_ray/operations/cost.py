@@ -1,8 +1,9 @@
 """What a run's worker-seconds were spent on, in time and money, as a table and as JSON."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -113,6 +114,11 @@ def summarise(
         images=groups[-1].images if groups else 0,
         workers=tuple(group.workers for group in groups),
     )
+
+
+def beside_seconds_of(rows: Iterable[Mapping[str, Any]]) -> float:
+    """Worker-seconds of measurements beside the training, by a run's rows of figures."""
+    return sum(row["worker_seconds"] for row in rows if row["kind"] == "measured")
 
 
 def bill(summary: Summary, per_hour: float) -> Bill:

@@ -14,7 +14,7 @@ from typing import Literal
 from ray.util.metrics import Counter, Gauge
 
 from cat_ray.errors import BadInput
-from cat_ray.operations.cost import bill, summarise
+from cat_ray.operations.cost import beside_seconds_of, bill, summarise
 from cat_ray.operations.goodput import Row as LedgerRow
 from cat_ray.operations.goodput import groups_of, read_ledger
 from cat_ray.operations.journal import Row
@@ -100,13 +100,15 @@ def points_of_rows(rows: Sequence[Row], session: str, batch_size: int) -> Iterat
             yield Point("cat_ray_fid", row[metric], {"protocol": metric})
 
 
-def points_of_ledger(rows: Iterable[LedgerRow], price_per_hour: float | None) -> Iterator[Point]:
-    """What a run's ledger tells of all its worker groups."""
+def points_of_ledger(
+    rows: Iterable[LedgerRow], price_per_hour: float | None, beside_seconds: float = 0.0
+) -> Iterator[Point]:
+    """What a run's ledger tells of all its worker groups, and of measurements beside them."""
     rows = list(rows)
     groups = groups_of(rows)
     if not groups:
         return
-    summary = summarise(rows)
+    summary = summarise(rows, beside_seconds=beside_seconds)
     yield Point("cat_ray_images_total", sum(group.images - group.start for group in groups))
     yield Point("cat_ray_world_size", groups[-1].workers)
     yield Point("cat_ray_goodput_ratio", summary.goodput)
@@ -147,7 +149,7 @@ class Exported:
         self._push_at = now + PUSH_SECONDS
         try:
             if now >= self._read_at or last:
-                self._read_ledger()
+                self._read_ledger(beside_seconds_of(rows))
             for point in (*points_of_rows(rows, self._session, self._batch_size), *self._ledger):
                 self._set(point)
         # Whatever it is: the run is worth more than its metrics.
@@ -155,10 +157,11 @@ class Exported:
             logger.warning("no more metrics for Prometheus from here on", exc_info=True)
             self._given_up = True
 
-    def _read_ledger(self) -> None:
+    def _read_ledger(self, beside_seconds: float) -> None:
         began = time.monotonic()
         try:
-            self._ledger = list(points_of_ledger(read_ledger(self._run), self._price))
+            ledger = read_ledger(self._run)
+            self._ledger = list(points_of_ledger(ledger, self._price, beside_seconds))
         except BadInput as error:
             # The next look may succeed, and the training is what matters.
             logger.debug("the ledger can't be read for the metrics: %s", error)

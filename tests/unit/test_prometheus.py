@@ -97,6 +97,8 @@ def test_the_ledger_tells_of_all_groups_and_what_was_done_again() -> None:
         "goodput_ratio": pytest.approx(0.75),
         "cost_dollars_total": pytest.approx(0.4),
     }
+    beside = values(points_of_ledger(LEDGER_ROWS, 3.6, beside_seconds=100.0))
+    assert beside["cost_dollars_total"] == pytest.approx(0.5)
     assert "cost_dollars_total" not in values(points_of_ledger(LEDGER_ROWS, None))
     assert values(points_of_ledger([], 3.6)) == {}
 
