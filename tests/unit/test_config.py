@@ -16,8 +16,6 @@ from cat_ray.section import Section
 
 FOLDER = Path(__file__).parents[2] / "jobs"
 PREPARATIONS = sorted(FOLDER.glob("prepare_*.yaml"))
-MEASUREMENTS = sorted(FOLDER.glob("fid*.yaml"))
-JOBS = sorted(set(FOLDER.glob("*.yaml")) - set(PREPARATIONS) - set(MEASUREMENTS))
 SHORTEST = "run: {folder: r, total_images: 512}\ndata: {shards: s, num_classes: 10}\n"
 
 
@@ -198,16 +196,6 @@ def test_an_override_that_leads_nowhere_is_refused(tiny_job, override, told):
 @pytest.mark.parametrize("value", ["[", "{a", "a: b: c", "@x"])
 def test_an_override_that_is_not_yaml_is_bad_input(tiny_job, value):
     assert refusal(tiny_job, f"run.folder={value}").startswith("--set run.folder")
-
-
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
-def test_every_job_that_is_shipped_loads(job):
-    config = load(str(job))
-    assert parse(dump(config), job.name) == config
-
-
-def test_jobs_are_shipped():
-    assert JOBS
 
 
 rates = st.floats(1e-8, 1.0)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cat_ray.config import Config, load
+from cat_ray.config import Config, dump, load, parse
 from cat_ray.data.latents import REDUCTION
 from cat_ray.data.preparation import Preparation
 from cat_ray.evaluation.measurement import Measurement, Sampling
@@ -89,6 +89,7 @@ def test_a_job_resolves_with_every_command_that_its_first_comment_gives(name: st
         overrides = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
         found: Section = load(str(file), overrides, KINDS[kind])
         assert isinstance(found, KINDS[kind])
+        assert parse(dump(found), name, (), KINDS[kind]) == found
 
 
 @pytest.mark.parametrize("name", NAMES)
