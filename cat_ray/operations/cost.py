@@ -118,7 +118,9 @@ def summarise(
 
 def beside_seconds_of(rows: Iterable[Mapping[str, Any]]) -> float:
     """Worker-seconds of measurements beside the training, by a run's rows of figures."""
-    return sum(row["worker_seconds"] for row in rows if row["kind"] == "measured")
+    measured = (row for row in rows if row["kind"] == "measured")
+    # Rows that an earlier version wrote don't say.
+    return sum(row.get("worker_seconds", 0.0) for row in measured)
 
 
 def bill(summary: Summary, per_hour: float) -> Bill:
