@@ -10,6 +10,7 @@ from cat_ray import config as configuration
 from cat_ray.cli.shell import AsJson, Endpoint, Job, Overrides, app, speaking_plainly
 from cat_ray.storage import locate
 
+COLUMNS = 100
 GPU_HELP = "A type of operations/gpus.yaml, or cpu; H100 unless the job's workers have no GPU."
 
 
@@ -83,7 +84,8 @@ def plan(
         )
         read = read_trace(trace) if trace else None
         planned = make_plan(config, assumptions)
-        console = Console()
+        # Narrower, a table's last digits would be cut.
+        console = Console(width=max(COLUMNS, Console().width))
         if read is None:
             if as_json:
                 typer.echo(to_json(planned))

@@ -6,6 +6,9 @@ from cat_ray.doctor.facts import Place
 from cat_ray.doctor.finding import Finding
 from cat_ray.doctor.wording import counted, in_rate, in_time, listed
 
+# How curl, which Arrow's clients speak through, says that there was no answer.
+UNREACHED = ("Failed to connect", "Could not connect", "Could not resolve host")
+
 
 def storage(places: Sequence[Place]) -> tuple[Finding, ...]:
     """Whether the job's storage does what the job needs, a finding for each place."""
@@ -22,7 +25,7 @@ def _at(place: Place) -> Finding:
         first = refused[0]
         nodes = listed([trial.node for trial in refused])
         found = f"{place.uri}: {first.refused} failed on {nodes}: {first.reason}"
-        return Finding(check, "fail", found, _storage_advice(place, first.refused))
+        return Finding(check, "fail", found, _storage_advice(place, first.refused, first.reason))
     if place.left_behind:
         found = f"{place.uri} works, but {', '.join(place.left_behind)} can't be taken away"
         return Finding(check, "warn", found, "delete it, and allow deletion there")
@@ -40,7 +43,9 @@ def _at(place: Place) -> Finding:
     return Finding(check, "pass", found)
 
 
-def _storage_advice(place: Place, step: str) -> str:
+def _storage_advice(place: Place, step: str, reason: str) -> str:
+    if any(words in reason for words in UNREACHED):
+        return "nobody was reached there: check the URI and storage.endpoint_url (--endpoint-url)"
     if step == "see":
         return "use an object store, or a disk that all nodes mount at this path"
     if step in ("write", "delete") and place.local:

@@ -185,7 +185,7 @@ def test_the_disruption_budgets_select_pods_that_exist():
         labels = budget["spec"]["selector"]["matchLabels"]
         # KubeRay adds these two.
         group = labels.pop("ray.io/group", labels.pop("ray.io/node-type", None))
-        assert labels == templates[group]["metadata"]["labels"]
+        assert labels and labels.items() <= templates[group]["metadata"]["labels"].items()
         # Of pods whose owner Kubernetes doesn't know it takes nothing else.
         assert type(budget["spec"]["minAvailable"]) is int
 
@@ -349,7 +349,8 @@ def test_the_pod_monitor_finds_every_pod_and_its_port():
     check(content, "pod_monitor.yaml")
     (endpoint,) = content["spec"]["podMetricsEndpoints"]
     for template in pods(ray_cluster("ray-cluster.yaml")).values():
-        assert template["metadata"]["labels"] == content["spec"]["selector"]["matchLabels"]
+        selector = content["spec"]["selector"]["matchLabels"]
+        assert selector and selector.items() <= template["metadata"]["labels"].items()
         assert endpoint["port"] in {port["name"] for port in container(template)["ports"]}
     content["spec"]["podMetricsEndpoint"] = []
     with pytest.raises(jsonschema.ValidationError):

@@ -181,6 +181,10 @@ FAULTS = {
         refused("write", "ACCESS_DENIED"),
         ("storage: run.folder", "fail", "write failed on 10.0.0.3: ACCESS_DENIED", "read-only"),
     ),
+    "an endpoint where nobody listens": (
+        refused("write", "curlCode: 7, Could not connect to server"),
+        ("storage: run.folder", "fail", "Could not connect to server", "storage.endpoint_url"),
+    ),
     "deletion is not allowed": (
         refused("delete", "ACCESS_DENIED"),
         ("storage: run.folder", "fail", "delete failed on 10.0.0.3", "allow to put and delete"),

@@ -321,7 +321,7 @@ def test_the_command_tells_all_and_needs_no_ray(tmp_path: Path):
     place = tmp_path / "job.yaml"
     place.write_text(SMALL)
     runner = CliRunner()
-    result = runner.invoke(app, ["plan", str(place)], env={"COLUMNS": "100"})
+    result = runner.invoke(app, ["plan", str(place)], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     assert max(map(len, result.output.splitlines())) <= 100
     assert "unknown on a CPU" in result.output

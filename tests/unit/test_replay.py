@@ -330,7 +330,7 @@ def test_the_command_s_table_fits_and_a_cpu_has_no_rate(tmp_path: Path):
     job.write_text(JOB.replace("{size: B}", f"{{size: {small}}}, discriminator: {{size: {small}}}"))
     arguments = ["plan", str(job), "--replay", str(ONE_PER_NODE_HOUR), "--gpus", "8"]
     given = ["--restart-seconds", "1", "--save-seconds", "2"]
-    result = CliRunner().invoke(app, [*arguments, *given], env={"COLUMNS": "100"})
+    result = CliRunner().invoke(app, [*arguments, *given], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     assert max(map(len, result.output.splitlines())) <= 100
     assert "1.0 s without notice" in result.output
