@@ -38,3 +38,9 @@ class NotFollowed(Exception):
     """Ctrl-C ended the following of a job that runs elsewhere. The message says what goes on."""
 
     exit_code = 130
+
+
+def last_line(told: object) -> str:
+    """The last line of an error or its text, where a traceback has the cause; else its type."""
+    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
+    return lines[-1] if lines else type(told).__name__

@@ -7,6 +7,8 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cat_ray.errors import last_line
+
 # A process of Ray's that imports torch takes its time on a busy machine, and a store that is down
 # longer.
 NODE_SECONDS = 120.0
@@ -32,13 +34,12 @@ def gather(
         try:
             answers[by_reference[reference]] = ray.get(reference)
         except RayError as error:
-            reasons[by_reference[reference]] = last_line(getattr(error, "cause", None) or error)
+            reasons[by_reference[reference]] = reason_of(getattr(error, "cause", None) or error)
     for reference in late:
         reasons[by_reference[reference]] = f"nothing came in {seconds:g} s"
     return answers, reasons
 
 
-def last_line(error: BaseException) -> str:
-    """What an error says in the end, without a traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:REASON_CHARACTERS] if lines else type(error).__name__
+def reason_of(error: BaseException) -> str:
+    """What an error says in the end, cut to what a table can show."""
+    return last_line(error)[:REASON_CHARACTERS]

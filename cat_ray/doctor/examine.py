@@ -19,7 +19,7 @@ from ray.exceptions import AuthenticationError
 from cat_ray.config import Config
 from cat_ray.connection import connected
 from cat_ray.doctor.all_reduce import Member
-from cat_ray.doctor.asking import gather, last_line, pinned
+from cat_ray.doctor.asking import gather, pinned, reason_of
 from cat_ray.doctor.facts import Clock, Facts, Link, Needs, Node, NodeFacts, Reduction, Trial
 from cat_ray.doctor.links import Listener, links_to
 from cat_ray.doctor.needs import needs_of
@@ -137,7 +137,7 @@ def _at_cluster() -> Iterator[None]:
             ) from error
         except (OSError, ValueError) as error:
             raise BadInput(
-                f"no Ray cluster answers at RAY_ADDRESS={address}: {last_line(error)}; set it to "
+                f"no Ray cluster answers at RAY_ADDRESS={address}: {reason_of(error)}; set it to "
                 "the head's address and port, as in 10.0.0.1:6379"
             ) from error
         except RuntimeError as error:

@@ -6,8 +6,7 @@ from cat_ray.config import Config
 from cat_ray.data.stream import WINDOWS_AHEAD
 from cat_ray.doctor.facts import Needs
 from cat_ray.model.build import build_discriminator, build_generator
-
-FP32_BYTES, MOMENTS = 4, 2
+from cat_ray.operations.save_size import FLOAT_BYTES, checkpoint_elements
 
 
 def needs_of(config: Config) -> Needs:
@@ -17,8 +16,7 @@ def needs_of(config: Config) -> Needs:
     generator, discriminator = (
         sum(parameter.numel() for parameter in network.parameters()) for network in networks
     )
-    averages = len(config.optimisation.ema_decays) * generator
-    numbers = (1 + MOMENTS) * (generator + discriminator) + averages
+    elements = checkpoint_elements(config, generator, discriminator)
     workers = config.workers
     return Needs(
         gpu=workers.gpu,
@@ -27,5 +25,5 @@ def needs_of(config: Config) -> Needs:
         cpus_per_worker=workers.cpus_per_worker,
         # The window that is trained on, and those that are read ahead.
         window_bytes=(1 + WINDOWS_AHEAD) * config.data.window_megabytes * 10**6,
-        checkpoint_bytes=FP32_BYTES * numbers,
+        checkpoint_bytes=FLOAT_BYTES * sum(elements.values()),
     )

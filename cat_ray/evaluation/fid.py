@@ -6,7 +6,6 @@ from dataclasses import asdict
 
 import ray
 
-from cat_ray.checkpoint.read import resolve
 from cat_ray.checkpoint.retain import lease
 from cat_ray.connection import connected
 from cat_ray.evaluation.fid_plan import Plan, featuriser_of, planned
@@ -16,7 +15,7 @@ from cat_ray.evaluation.precision_recall_tasks import precision_and_recall
 from cat_ray.evaluation.ranges import KEPT_RANGES, RangeStore, Speed, make_ranges
 from cat_ray.evaluation.reference import Reference
 from cat_ray.evaluation.result import Result, read_result
-from cat_ray.evaluation.sample_plan import LEASE_SECONDS
+from cat_ray.evaluation.sample_plan import LEASE_SECONDS, checkpoint_of
 from cat_ray.evaluation.statistics import (
     distances,
     pooled_features,
@@ -24,7 +23,7 @@ from cat_ray.evaluation.statistics import (
     statistics_of,
 )
 from cat_ray.evaluation.workers import begin_work, resources_of
-from cat_ray.storage import Location, locate
+from cat_ray.storage import Location
 
 
 def fid(job: Measurement) -> tuple[Result, Location]:
@@ -35,10 +34,10 @@ def fid(job: Measurement) -> tuple[Result, Location]:
     Raises:
         BadInput: checkpoint, weights or reference can't be used.
     """
-    storage, workers = job.storage, job.workers
+    workers = job.workers
     # Before anything remote is asked for: what lies here is mended soonest.
     featuriser_of(job).check()
-    checkpoint = resolve(locate(job.samples.checkpoint, storage.endpoint_url, storage.region))
+    checkpoint = checkpoint_of(job)
     with lease(checkpoint, LEASE_SECONDS):
         plan = planned(job, checkpoint)
         if are_there(plan):

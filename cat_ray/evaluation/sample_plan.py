@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cat_ray.checkpoint.layout import MANIFEST
-from cat_ray.checkpoint.read import read_config, read_state
+from cat_ray.checkpoint.read import read_config, read_state, resolve
 from cat_ray.config import Config
 from cat_ray.data.latents import IMAGE_CHANNELS, REDUCTION
 from cat_ray.errors import BadInput
@@ -158,6 +158,16 @@ def copies_of(job: Sampling, stem: str) -> Copies:
         png=folder / f"{stem}-png" if job.output.png else None,
         shards=folder / f"{stem}-shards" if job.output.shards else None,
     )
+
+
+def checkpoint_of(job: Sampling) -> Location:
+    """The checkpoint that a job names, or the newest one of the run that it names.
+
+    Raises:
+        BadInput: it is neither.
+    """
+    storage = job.storage
+    return resolve(locate(job.samples.checkpoint, storage.endpoint_url, storage.region))
 
 
 def folder_of(job: Sampling) -> Location:

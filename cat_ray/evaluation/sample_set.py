@@ -5,16 +5,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cat_ray.checkpoint.read import resolve
 from cat_ray.checkpoint.retain import lease
 from cat_ray.connection import connected
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.measurement import Sampling
 from cat_ray.evaluation.outputs import are_there, write_outputs
 from cat_ray.evaluation.ranges import make_ranges
-from cat_ray.evaluation.sample_plan import LEASE_SECONDS, SamplePlan, planned_samples
+from cat_ray.evaluation.sample_plan import LEASE_SECONDS, SamplePlan, checkpoint_of, planned_samples
 from cat_ray.evaluation.statistics import statistics_of
-from cat_ray.storage import Location, locate
+from cat_ray.storage import Location
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ def make_samples(job: Sampling) -> tuple[SampleSet, Location]:
     Raises:
         BadInput: the checkpoint or the VAE can't be used, or the storage fails.
     """
-    storage, workers = job.storage, job.workers
-    checkpoint = resolve(locate(job.samples.checkpoint, storage.endpoint_url, storage.region))
+    workers = job.workers
+    checkpoint = checkpoint_of(job)
     with lease(checkpoint, LEASE_SECONDS):
         plan = planned_samples(job, checkpoint)
         if are_there(plan):

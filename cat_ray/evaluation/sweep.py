@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.table import Table
 
-from cat_ray.checkpoint.read import resolve
 from cat_ray.connection import connected
 from cat_ray.evaluation import plot
 from cat_ray.evaluation.fid import fid
 from cat_ray.evaluation.measurement import Measurement
 from cat_ray.evaluation.outputs import SHEET
 from cat_ray.evaluation.result import FRECHET, Result
-from cat_ray.storage import Location, locate
+from cat_ray.evaluation.sample_plan import checkpoint_of, folder_of
+from cat_ray.storage import Location
 
 SAMPLES_SHOWN = 10
 PLOTS = {
@@ -38,9 +38,8 @@ def sweep(jobs: Sequence[Measurement]) -> tuple[list[Result], Location]:
     """
     by_truncation = {job.samples.truncation: job for job in jobs}
     first, workers = jobs[0], jobs[0].workers
-    endpoint, region = first.storage.endpoint_url, first.storage.region
     # Once: of a run that is being trained the newest checkpoint becomes another one meanwhile.
-    checkpoint = resolve(locate(first.samples.checkpoint, endpoint, region))
+    checkpoint = checkpoint_of(first)
     results, sheets = [], []
     with connected(workers.count * workers.cpus_per_worker, {}):
         for _, job in sorted(by_truncation.items()):
@@ -49,7 +48,7 @@ def sweep(jobs: Sequence[Measurement]) -> tuple[list[Result], Location]:
             results.append(result)
             sheets.append(place.name.removesuffix(".json") + SHEET)
     digest = hashlib.sha256("".join(sheets).encode()).hexdigest()[:8]
-    folder = locate(first.output.folder, endpoint, region)
+    folder = folder_of(first)
     stem = f"truncation-{results[0].metric}-{checkpoint.name}-{digest}"
     rows = []
     for sheet in sheets:

@@ -4,13 +4,12 @@ from dataclasses import dataclass
 
 from cat_ray.config import Config
 from cat_ray.data.index import INDEX_NAME, read_index
-from cat_ray.data.latents import CHANNELS
+from cat_ray.data.latents import CHANNELS, REDUCTION
 from cat_ray.storage import locate
 
 HALF_BYTES = 2
 # A JPEG of 256 x 256, cut from photographs: 24 KB (README, "Data").
 JPEG_BYTES_PER_PIXEL = 24_000 / 256**2
-VAE_REDUCTION = 8
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,6 @@ def data_need(config: Config, images_per_second: float | None) -> DataNeed:
     if model.channels == CHANNELS and config.latents.vae is None:
         size = 2 * CHANNELS * model.resolution**2 * HALF_BYTES
         return DataNeed(images_per_second, size, "latents: mean and deviation in fp16")
-    side = model.resolution * (VAE_REDUCTION if config.latents.vae else 1)
+    side = model.resolution * (REDUCTION if config.latents.vae else 1)
     size = JPEG_BYTES_PER_PIXEL * side**2
     return DataNeed(images_per_second, size, f"estimated: JPEGs of {side} x {side}")

@@ -4,13 +4,12 @@ Everything is fp32 but activations under autocast. DeepSpeed's own buffers are a
 makes them with our settings (`runtime/zero/stage_1_and_2.py`, `stage3.py`).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from cat_ray.config import Config
 from cat_ray.operations.activations import Networks
-from cat_ray.operations.save_size import checkpoint_elements
+from cat_ray.operations.save_size import FLOAT_BYTES, checkpoint_elements
 
-FLOAT_BYTES = 4
 MOMENTS = 2
 PARTITIONED = 3
 # DeepSpeed's default reduce_bucket_size and stage3_max_live_parameters, in elements.
@@ -58,7 +57,7 @@ class WorkerMemory:
     @property
     def total(self) -> int:
         """All together."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(vars(self).values())
 
 
 def before_sharding(parameters: int) -> int:

@@ -87,7 +87,7 @@ def slice_count(config: Config, generator: int, discriminator: int, workers: int
     for group, tensors in checkpoint_elements(config, generator, discriminator).items():
         of_generator = group.startswith(GENERATOR)
         engine = optimisation.generator if of_generator else optimisation.discriminator
-        cuts = tensors if engine.zero_stage in (0, 3) else tensors // max(1, tensors)
+        cuts = tensors if engine.zero_stage in (0, 3) else min(1, tensors)
         count += tensors + cuts * (workers - 1)
     return count
 

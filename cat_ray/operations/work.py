@@ -74,15 +74,7 @@ class Work:
     @property
     def total(self) -> float:
         """All of them."""
-        return (
-            self.generator
-            + self.discriminator_step
-            + self.penalty
-            + self.generator_step
-            + self.recompute
-            + self.teacher
-            + self.encoder
-        )
+        return sum(vars(self).values())
 
 
 def generator_pass(config: Config) -> Pass:

@@ -20,7 +20,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, last_line
 from cat_ray.submission.ending import Ending
 from cat_ray.submission.job import MARK
 
@@ -179,9 +179,8 @@ def ending_of(job: JobDetails) -> Ending | None:
 
 
 def _line(told: object) -> str:
-    """The last line of what was told, which has the cause where it is a traceback."""
-    lines = [re.sub(r"\s+", " ", line).strip() for line in str(told).splitlines()]
-    return next((line for line in reversed(lines) if line), type(told).__name__)
+    """The last line of what was told, its blanks made one."""
+    return re.sub(r"\s+", " ", last_line(told))
 
 
 def is_own_address(address: str) -> bool:

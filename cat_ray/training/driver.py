@@ -28,7 +28,7 @@ from cat_ray.data.stream import (
     reading_of,
     stream_of,
 )
-from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
+from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished, last_line
 from cat_ray.operations.identity import claim
 from cat_ray.operations.outcome import forget_outcome, stopped_with, write_outcome
 from cat_ray.operations.progress import Progress
@@ -222,12 +222,7 @@ def _fit(
             ) from error
         if told is not None:
             raise told from error
-        raise RunFailed(f"training failed: {_last_line(error)}") from error
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+        raise RunFailed(f"training failed: {last_line(error)}") from error
 
 
 def _exported(config: Config, run: Location, session: str) -> Exported:
