@@ -55,16 +55,34 @@ def connected(
             _system_config={"num_workers_soft_limit": math.ceil(cpus / CPUS_PER_READ) + 1},
         )
     try:
-        if own and threading.current_thread() is threading.main_thread():
-            # Ray's native handler, which was set just now, would dump its stack.
-            signal.signal(signal.SIGTERM, _stop)
-        yield
+        # Ray's native handler, which was set just now, would dump its stack.
+        with _stopped_by_sigterm() if own else contextlib.nullcontext():
+            yield
     finally:
         if own:
             ray.shutdown()
 
 
-def _stop(number: int, frame: object) -> None:
-    del frame
-    name = signal.Signals(number).name
-    raise Unfinished(f"stopped by {name}: run the same command again to go on")
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        del frame
+        told.append(number)
+        # What Ctrl-C raises: Ray passes it on, any other exception is lost in its native calls.
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not told:
+            raise
+        again = "stopped by SIGTERM: run the same command again to go on"
+        raise Unfinished(again) from None
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
