@@ -87,10 +87,12 @@ class Engine:
     def __call__(self, *inputs: Any) -> Any:
         return self._engine(*inputs)
 
-    def descend(self, loss: Tensor) -> None:
-        """One optimiser step on this worker's part of the loss."""
+    def descend(self, loss: Tensor, last: bool = True) -> None:
+        """Adds the gradient of a micro-batch's part of the loss; the last one's makes the step."""
+        self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.world_size)
-        self.before_step()
+        if last:
+            self.before_step()
         self._engine.step()
 
     def gradient_norm(self) -> Tensor:

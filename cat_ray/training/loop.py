@@ -4,7 +4,7 @@ import torch
 
 from cat_ray.evaluation.alignment_metrics import alignment_figures
 from cat_ray.training.session import Session, due
-from cat_ray.training.steps import discriminator_step, generator_step
+from cat_ray.training.steps import add_up, discriminator_step, generator_step
 
 
 def train(session: Session) -> None:
@@ -14,25 +14,35 @@ def train(session: Session) -> None:
         GaveWay: the worker group ends before it.
     """
     config, adversaries = session.config, session.adversaries
+    generator = adversaries.generator
     batch_size = config.optimisation.batch_size
-    reuse = config.optimisation.reuse_generator_forward
+    # The fakes' graph is kept through the discriminator's step only where all are made at once.
+    reuse = config.optimisation.reuses_forward(len(session.lanes))
 
     for batch in session.batches():
-        labels = torch.from_numpy(batch.labels).to(session.device)
-        draws = session.draw_step(batch)
-        reals = session.reals(batch, draws.posterior)
-
+        micro_batches = session.micro_batches(batch)
         with torch.set_grad_enabled(reuse):
-            outputs = adversaries.generator(draws.latents, labels)
-        figures = discriminator_step(adversaries, reals, labels, outputs.detach(), draws)
-        if not reuse:
-            outputs = adversaries.generator(draws.latents, labels)
-        figures |= generator_step(adversaries, reals.images, labels, outputs, draws)
+            fakes = [generator(each.draws.latents, each.labels) for each in micro_batches]
+
+        figures = add_up(
+            discriminator_step(adversaries, each, outputs.detach())
+            for each, outputs in zip(micro_batches, fakes, strict=True)
+        )
+        figures |= add_up(
+            generator_step(
+                adversaries,
+                each,
+                outputs if reuse else generator(each.draws.latents, each.labels),
+            )
+            for each, outputs in zip(micro_batches, fakes, strict=True)
+        )
         session.averages.update()
         session.images += batch_size
 
-        for name, values in alignment_figures(outputs.detach()).items():
-            figures[name] = values.sum() / batch_size
+        figures |= add_up(
+            {name: values.sum() / batch_size for name, values in alignment_figures(outputs).items()}
+            for outputs in (each.detach() for each in fakes)
+        )
         session.recorder.add(figures)
         if due(session.images, config.reporting.log_every_images, config):
             session.record()
