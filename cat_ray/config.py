@@ -190,15 +190,29 @@ class EngineSettings(Section):
     """One DeepSpeed engine: ZeRO stage and the learning rate at width 768.
 
     With `width_aware` the rate used is `learning_rate * 768 / width` (GAT's rule).
+
+    Attributes:
+        offload: what the host's memory holds in place of the GPU's: of a ZeRO engine the
+            optimiser's state and masters, under ZeRO 3 the weights as well.
     """
 
     learning_rate: float = Field(default=2e-4, gt=0)
     width_aware: bool = True
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "optimiser", "all"] = "none"
 
     def rate(self, width: int) -> float:
         """The learning rate of a network of this width."""
         return self.learning_rate * (REFERENCE_WIDTH / width if self.width_aware else 1.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "EngineSettings":
+        least = {"none": 0, "optimiser": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(
+                f"offload {self.offload} needs zero_stage {least} or more, not {self.zero_stage}"
+            )
+        return self
 
 
 class Optimisation(Section):
@@ -218,7 +232,7 @@ class Optimisation(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     activation_checkpointing: bool = False
     reuse_generator_forward: bool = True
-    micro_batch_lanes: int | None = Field(default=None, gt=0)
+    micro_batch_lanes: int | None = Field(default=None, ge=2)
     compile: bool = False
     ema_decays: tuple[float, ...] = Field(default=(0.999,), min_length=1)
     generator: EngineSettings = EngineSettings()
@@ -229,9 +243,10 @@ class Optimisation(Section):
         """Images that a lane adds to a batch."""
         return self.batch_size // self.lanes
 
-    def reuses_forward(self, lanes: int) -> bool:
-        """Whether a worker with so many lanes makes the fakes once for both steps."""
-        at_once = self.micro_batch_lanes is None or self.micro_batch_lanes >= lanes
+    def reuses_forward(self, workers: int) -> bool:
+        """Whether each of so many workers makes the fakes once for both steps."""
+        most = self.micro_batch_lanes
+        at_once = most is None or most * workers >= self.lanes
         return self.reuse_generator_forward and at_once
 
     @model_validator(mode="after")

@@ -27,6 +27,8 @@ FREE = (
     "optimisation.micro_batch_lanes",
     "optimisation.compile",
     "optimisation.generator.zero_stage",
+    "optimisation.generator.offload",
+    "optimisation.discriminator.offload",
     "optimisation.discriminator.zero_stage",
     "workers.",
     "preemption.",

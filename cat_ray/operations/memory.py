@@ -100,7 +100,7 @@ def worker_memory(
         frozen += FLOAT_BYTES * TEACHER_PARAMETERS.get(alignment.teacher_width, 0)
     if config.latents.vae is not None:
         frozen += FLOAT_BYTES * ENCODER_PARAMETERS
-    reuse = config.optimisation.reuses_forward(-(-config.optimisation.lanes // workers))
+    reuse = config.optimisation.reuses_forward(workers)
     return WorkerMemory(
         weights=weights,
         gradients=gradients,

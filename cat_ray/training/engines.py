@@ -14,6 +14,9 @@ from cat_ray.config import EngineSettings, Optimisation
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EPSILON = 1e-8
+# 200 MB: DeepSpeed's 5e8 would take 2 GB of each engine and hold any of our networks, so that
+# nothing would be reduced before the backward pass is over.
+BUCKET_ELEMENTS = 50_000_000
 PARTITIONED = 3
 
 
@@ -75,6 +78,10 @@ class Engine:
                     "stage": settings.zero_stage,
                     # Every parameter is partitioned, so that averages can be kept as shards.
                     "stage3_param_persistence_threshold": 0,
+                    # A bucket is reduced while the gradients of the next one are computed.
+                    "overlap_comm": True,
+                    "reduce_bucket_size": BUCKET_ELEMENTS,
+                    **_offload(settings),
                 },
             },
         )[0]
@@ -179,6 +186,17 @@ class Engine:
             for moment in MOMENTS
         }
         return Fragment(name, shape, offset, values.view(-1)[:length], moments)
+
+
+def _offload(settings: EngineSettings) -> dict[str, Any]:
+    """DeepSpeed's settings of what is held in the host's memory."""
+    place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    offload: dict[str, Any] = {}
+    if settings.offload != "none":
+        offload["offload_optimizer"] = place
+    if settings.offload == "all":
+        offload["offload_param"] = place
+    return offload
 
 
 def local_values(parameter: nn.Parameter) -> Tensor:

@@ -12,11 +12,22 @@ def share(lanes: int, world_size: int, rank: int) -> range:
     return range(lanes * rank // world_size, lanes * (rank + 1) // world_size)
 
 
-def micro_batches(lanes: range, most: int | None) -> list[range]:
+def micro_batches(lanes: int, world_size: int, rank: int, most: int | None) -> list[range]:
     """A worker's lanes in the parts that go through the networks at once.
 
-    All parts but the last have `most` lanes, so that compiled code meets one size whatever the
-    number of workers; without `most` there is one part.
+    All workers have as many parts: under ZeRO 2 and 3 they communicate in each. All but the last
+    ones have `most` lanes, at least 2, so that compiled code meets one size whatever the number of
+    workers; without `most` there is one part.
     """
-    size = most or len(lanes)
-    return [lanes[start : start + size] for start in range(0, len(lanes), size)]
+    own = share(lanes, world_size, rank)
+    if most is None:
+        return [own]
+    largest = -(-lanes // world_size)
+    parts = -(-largest // most)
+    made, start = [], own.start
+    for left in reversed(range(parts)):
+        # Each later part needs a lane.
+        stop = min(start + most, own.stop - left)
+        made.append(range(start, stop))
+        start = stop
+    return made

@@ -1,6 +1,7 @@
 """The training loop: next batch, both steps, average, record, save, ask whether to go on."""
 
 import torch
+from torch import distributed
 
 from cat_ray.evaluation.alignment_metrics import alignment_figures
 from cat_ray.training.session import Session, due
@@ -17,7 +18,7 @@ def train(session: Session) -> None:
     generator = adversaries.generator
     batch_size = config.optimisation.batch_size
     # The fakes' graph is kept through the discriminator's step only where all are made at once.
-    reuse = config.optimisation.reuses_forward(len(session.lanes))
+    reuse = config.optimisation.reuses_forward(distributed.get_world_size())
 
     for batch in session.batches():
         micro_batches = session.micro_batches(batch)

@@ -140,7 +140,9 @@ class Session:
         optimisation, first = self.config.optimisation, self.lanes.start
         step, size = self.images // optimisation.batch_size, optimisation.lane_size
         made = []
-        for lanes in micro_batches(self.lanes, optimisation.micro_batch_lanes):
+        world_size, rank = distributed.get_world_size(), distributed.get_rank()
+        most = optimisation.micro_batch_lanes
+        for lanes in micro_batches(optimisation.lanes, world_size, rank, most):
             rows = batch.rows((lanes.start - first) * size, (lanes.stop - first) * size)
             draws = draw_step(
                 self.config,

@@ -1,4 +1,4 @@
-"""Run by test_engines.py in each process: the same steps through DeepSpeed at every ZeRO stage."""
+"""Run by test_engines.py in each process: the same steps through DeepSpeed, set up in many ways."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from cat_ray.config import Config, dump, parse
 from cat_ray.storage import Location, locate
 from cat_ray.training.draws import draw_step
 from cat_ray.training.engines import local_values
-from cat_ray.training.lanes import share
+from cat_ray.training.lanes import micro_batches
 from cat_ray.training.reals import Reals
 from cat_ray.training.state import TrainingState, make_state, state_slices
 from cat_ray.training.steps import MicroBatch, discriminator_step, generator_step
@@ -30,20 +30,31 @@ def holds_gradient(network: nn.Module) -> bool:
 
 def step(state: TrainingState, config: Config, images, labels, at: int) -> dict[str, bool]:
     """One D and G step on this process's lanes; what leaked."""
-    lanes = share(config.optimisation.lanes, distributed.get_world_size(), distributed.get_rank())
     size = config.optimisation.lane_size
-    own = slice(lanes.start * size, lanes.stop * size)
     generator, discriminator = state.adversaries.generator, state.adversaries.discriminator
-    draws = draw_step(config, lanes, at, CPU)
-    outputs = generator(draws.latents, labels[own])
+    parts = []
+    optimisation = config.optimisation
+    world_size, rank = distributed.get_world_size(), distributed.get_rank()
+    lanes = micro_batches(optimisation.lanes, world_size, rank, optimisation.micro_batch_lanes)
+    for each in lanes:
+        own = slice(each.start * size, each.stop * size)
+        draws, last = draw_step(config, each, at, CPU), each == lanes[-1]
+        parts.append(MicroBatch(Reals(images[own], images[own]), labels[own], draws, last))
+    with torch.set_grad_enabled(len(parts) == 1):
+        fakes = [generator(part.draws.latents, part.labels) for part in parts]
     before = held(generator.module)
-    reals = Reals(images[own], images[own])
-    micro_batch = MicroBatch(reals, labels[own], draws)
-    discriminator_step(state.adversaries, micro_batch, outputs.detach())
+    for part, outputs in zip(parts, fakes, strict=True):
+        discriminator_step(state.adversaries, part, outputs.detach())
     leaks = {"generator": holds_gradient(generator.module)}
     leaks["generator moved"] = differs(before, held(generator.module))
     before = held(discriminator.module)
-    generator_step(state.adversaries, micro_batch, outputs)
+    for part, outputs in zip(parts, fakes, strict=True):
+        again = len(parts) > 1
+        generator_step(
+            state.adversaries,
+            part,
+            generator(part.draws.latents, part.labels) if again else outputs,
+        )
     leaks["discriminator"] = holds_gradient(discriminator.module)
     leaks["discriminator moved"] = differs(before, held(discriminator.module))
     state.averages.update()
@@ -70,17 +81,13 @@ def save(state: TrainingState, run: Location, images: int) -> None:
 
 
 def main() -> None:
-    folder, steps, stages = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+    folder, steps, settings = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
     start_from = sys.argv[4] if len(sys.argv) > 4 else None
     distributed.init_process_group("gloo")
     text = (folder / "job.yaml").read_text()
     batches = safetensors.torch.load_file(folder / "batches.safetensors")
-    for stage in stages:
-        config = parse(
-            text,
-            "job",
-            [f"optimisation.{name}.zero_stage={stage}" for name in ("generator", "discriminator")],
-        )
+    for setting, changes in settings.items():
+        config = parse(text, "job", changes)
         checkpoint = locate(start_from) if start_from else None
         state = make_state(config, CPU, checkpoint)
         first = steps if start_from else 0
@@ -88,7 +95,7 @@ def main() -> None:
             step(state, config, batches["images"][at], batches["labels"][at], at)
             for at in range(first, first + steps)
         ]
-        name = f"{'resumed-' if start_from else ''}{distributed.get_world_size()}-zero{stage}"
+        name = f"{'resumed-' if start_from else ''}{distributed.get_world_size()}-{setting}"
         save(state, locate(str(folder / name)), (first + steps) * config.optimisation.batch_size)
         if distributed.get_rank() == 0:
             (folder / f"{name}.json").write_text(json.dumps(leaks))

@@ -46,6 +46,8 @@ FREE_KEYS = {
     "optimisation.micro_batch_lanes",
     "optimisation.compile",
     "optimisation.generator.zero_stage",
+    "optimisation.generator.offload",
+    "optimisation.discriminator.offload",
     "optimisation.discriminator.zero_stage",
 }
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cat_ray.training.lanes import share
+from cat_ray.training.lanes import micro_batches, share
 
 
 @st.composite
@@ -47,3 +47,19 @@ def test_shares_of_small_groups(lanes, world_size, expected):
 def test_more_workers_than_lanes_and_strange_ranks_are_refused(lanes, world_size, rank):
     with pytest.raises(ValueError, match=f"rank {rank} of {world_size} workers"):
         share(lanes, world_size, rank)
+
+
+@given(lanes=st.integers(1, 64), most=st.integers(2, 64), data=st.data())
+def test_micro_batches_are_as_many_for_all_and_of_one_size_but_for_the_last(
+    lanes: int, most: int, data: st.DataObject
+) -> None:
+    world_size = data.draw(st.integers(1, lanes))
+    counts = set()
+    for rank in range(world_size):
+        parts = micro_batches(lanes, world_size, rank, most)
+        assert [lane for part in parts for lane in part] == list(share(lanes, world_size, rank))
+        assert all(parts) and all(len(part) <= most for part in parts)
+        assert all(len(part) == most for part in parts[:-2])
+        counts.add(len(parts))
+        assert micro_batches(lanes, world_size, rank, None) == [share(lanes, world_size, rank)]
+    assert len(counts) == 1
