@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from cat_ray.config import EngineSettings, Optimisation
+from cat_ray.training.parts import part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EPSILON = 1e-8
@@ -89,9 +90,11 @@ class Engine:
 
     def descend(self, loss: Tensor) -> None:
         """One optimiser step on this worker's part of the loss."""
-        self._engine.backward(loss * self.world_size)
+        with part("backward"):
+            self._engine.backward(loss * self.world_size)
         self.before_step()
-        self._engine.step()
+        with part("optimiser"):
+            self._engine.step()
 
     def gradient_norm(self) -> Tensor:
         """This worker's part of the global norm of the last step's gradient, before clipping.

@@ -2,9 +2,8 @@
 
 import torch
 
-from cat_ray.evaluation.alignment_metrics import alignment_figures
 from cat_ray.training.session import Session, due
-from cat_ray.training.steps import discriminator_step, generator_step
+from cat_ray.training.steps import training_step
 
 
 def train(session: Session) -> None:
@@ -13,27 +12,19 @@ def train(session: Session) -> None:
     Raises:
         GaveWay: the worker group ends before it.
     """
-    config, adversaries = session.config, session.adversaries
-    batch_size = config.optimisation.batch_size
-    reuse = config.optimisation.reuse_generator_forward
+    config, batch_size = session.config, session.config.optimisation.batch_size
 
     for batch in session.batches():
         labels = torch.from_numpy(batch.labels).to(session.device)
         draws = session.draw_step(batch)
         reals = session.reals(batch, draws.posterior)
 
-        with torch.set_grad_enabled(reuse):
-            outputs = adversaries.generator(draws.latents, labels)
-        figures = discriminator_step(adversaries, reals, labels, outputs.detach(), draws)
-        if not reuse:
-            outputs = adversaries.generator(draws.latents, labels)
-        figures |= generator_step(adversaries, reals.images, labels, outputs, draws)
-        session.averages.update()
+        figures, outputs = training_step(
+            session.adversaries, session.averages, reals, labels, draws
+        )
         session.images += batch_size
 
-        for name, values in alignment_figures(outputs.detach()).items():
-            figures[name] = values.sum() / batch_size
-        session.recorder.add(figures)
+        session.recorder.add(figures, outputs)
         if due(session.images, config.reporting.log_every_images, config):
             session.record()
         if due(session.images, config.reporting.grid_every_images, config):

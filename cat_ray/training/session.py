@@ -101,7 +101,7 @@ class Session:
             config, self._run, stream.due, self.averages, self.reals, self.device, self._journal
         )
         self._keys = SampleKeys(self._run, group, rank) if config.reporting.sample_keys else None
-        self.recorder = Recorder(self.device)
+        self.recorder = Recorder(self.device, config.optimisation.batch_size)
         self._around = ExitStack()
 
     def __enter__(self) -> "Session":
@@ -182,9 +182,31 @@ class Session:
         Raises:
             BadInput: more samples were broken than the configuration allows.
         """
-        config = self.config
-        values, broken = self.recorder.collect(config.optimisation.batch_size)
+        values, broken = self.recorder.collect(self._agreement.take_seconds())
         self._broken += len(broken)
+        with self.recorder.reporting():
+            self._write_down(values, broken)
+
+    def draw_grid(self) -> None:
+        """Draws the fixed latents' samples."""
+        with self._aside("evaluation"):
+            self._monitor.draw_grid(self.images)
+
+    def evaluate(self) -> None:
+        """Measures samples."""
+        with self._aside("evaluation"):
+            self._monitor.evaluate(self.images)
+
+    def save(self) -> None:
+        """Begins to save everything; a state after bad steps is not saved."""
+        if self._saver.images == self.images or not self._is_sound():
+            return
+        with self._aside("save_stall"):
+            self._saver.save(self.images)
+        self._ledger.note(self.images)
+
+    def _write_down(self, values: dict[str, float], broken: list[str]) -> None:
+        config = self.config
         left = config.run.total_images - self.images
         if self._journal is not None:
             eta = left / values["images_per_second"]
@@ -206,24 +228,6 @@ class Session:
                 f"{self._broken} broken samples are more than data.max_broken_samples "
                 f"{config.data.max_broken_samples}, the last ones: {'; '.join(broken[-3:])}"
             )
-
-    def draw_grid(self) -> None:
-        """Draws the fixed latents' samples."""
-        with self._aside("evaluation"):
-            self._monitor.draw_grid(self.images)
-
-    def evaluate(self) -> None:
-        """Measures samples."""
-        with self._aside("evaluation"):
-            self._monitor.evaluate(self.images)
-
-    def save(self) -> None:
-        """Begins to save everything; a state after bad steps is not saved."""
-        if self._saver.images == self.images or not self._is_sound():
-            return
-        with self._aside("save_stall"):
-            self._saver.save(self.images)
-        self._ledger.note(self.images)
 
     def _is_sound(self) -> bool:
         """Whether the last step was good, waiting for its figures."""

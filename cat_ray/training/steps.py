@@ -16,8 +16,10 @@ from cat_ray.objective.augment import augment, augment_stages, move
 from cat_ray.objective.consistency import consistency
 from cat_ray.objective.penalty import finite_difference
 from cat_ray.objective.pyramid import real_pyramid, stage_pyramid
+from cat_ray.training.averaging import Averages
 from cat_ray.training.draws import StepDraws
 from cat_ray.training.engines import Engine
+from cat_ray.training.parts import part
 from cat_ray.training.reals import Reals
 
 Figures = dict[str, Tensor]
@@ -33,6 +35,28 @@ class Adversaries:
     teacher: Teacher | None = None
 
 
+def training_step(
+    adversaries: Adversaries, averages: Averages, reals: Reals, labels: Tensor, draws: StepDraws
+) -> tuple[Figures, Tensor]:
+    """Moves D, then G, then G's averages.
+
+    Returns:
+        The step's figures, and the stage outputs `[K, n, c, R, R]`, detached.
+    """
+    generator = adversaries.generator
+    reuse = adversaries.config.optimisation.reuse_generator_forward
+    with part("G forward"), torch.set_grad_enabled(reuse):
+        outputs = generator(draws.latents, labels)
+    figures = discriminator_step(adversaries, reals, labels, outputs.detach(), draws)
+    if not reuse:
+        with part("G forward"):
+            outputs = generator(draws.latents, labels)
+    figures |= generator_step(adversaries, reals.images, labels, outputs, draws)
+    averages.update()
+    return figures, outputs.detach()
+
+
+@part("D step")
 def discriminator_step(
     adversaries: Adversaries, reals: Reals, labels: Tensor, outputs: Tensor, draws: StepDraws
 ) -> Figures:
@@ -58,7 +82,8 @@ def discriminator_step(
     ]
     judged_labels = torch.cat([labels, labels, labels[rows], labels[rows]])
     aligned_rows = len(images) if adversaries.teacher else 0
-    logits, projected = engine(judged, judged_labels, aligned_rows)
+    with part("D forward"):
+        logits, projected = engine(judged, judged_labels, aligned_rows)
     real_logits, fake_logits, near_real, near_fake = logits.split(
         [len(images), len(images), len(rows), len(rows)]
     )
@@ -85,6 +110,7 @@ def discriminator_step(
     return {name: value.detach() for name, value in figures.items()}
 
 
+@part("G step")
 def generator_step(
     adversaries: Adversaries, images: Tensor, labels: Tensor, outputs: Tensor, draws: StepDraws
 ) -> Figures:
@@ -102,7 +128,8 @@ def generator_step(
     judged = [torch.cat(pair) for pair in zip(real, fake, strict=True)]
     # Frozen, and called as a bare module: no gradient reaches D, no hook of its engine fires.
     judge.requires_grad_(False)
-    logits, _ = judge(judged, torch.cat([labels, labels]))
+    with part("D forward"):
+        logits, _ = judge(judged, torch.cat([labels, labels]))
     real_logits, fake_logits = logits.chunk(2)
     adversarial = generator_loss(real_logits.detach(), fake_logits).sum() / batch
     tied = objective.consistency
