@@ -26,7 +26,7 @@ class Agreement:
         self._names: list[str] = []
         self._coming: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
-        self._seconds = 0.0
+        self._seconds: list[float] = []
 
     @part("agreement")
     def after_step(
@@ -48,9 +48,9 @@ class Agreement:
             self._arrived.record()
         return last, [value > 0 for value in held]
 
-    def take_seconds(self) -> float:
-        """Seconds that adding up took, with waiting for the others, since this was last asked."""
-        seconds, self._seconds = self._seconds, 0.0
+    def take_seconds(self) -> list[float]:
+        """Seconds of each sum since this was last asked, with waiting for the other workers."""
+        seconds, self._seconds = self._seconds, []
         return seconds
 
     def settle(self) -> dict[str, float] | None:
@@ -79,6 +79,6 @@ class Agreement:
             return None, []
         distributed.all_reduce(packed, group=self.group)
         values = packed.tolist()
-        self._seconds += time.perf_counter() - began
+        self._seconds.append(time.perf_counter() - began)
         figures = dict(zip(self._names, values[: len(late)], strict=True)) if len(late) else None
         return figures, values[len(late) :]

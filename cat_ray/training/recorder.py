@@ -56,14 +56,14 @@ class Recorder:
         """Leaves out time that was spent on something else than training."""
         self._started += seconds
 
-    def collect(self, agreed_seconds: float) -> tuple[dict[str, float], list[str]]:
+    def collect(self, agreed_seconds: list[float]) -> tuple[dict[str, float], list[str]]:
         """Means over the steps since the last line and all workers, and the broken samples met.
 
         Every worker must call this. Starts the next interval, which its own time belongs to.
 
         Args:
-            agreed_seconds: what agreeing with the others took since the last line. Who comes last
-                waits for nobody: of all workers the least is what it costs.
+            agreed_seconds: what each agreement with the others took since the last line. Who comes
+                last waits for nobody: the least of the workers is what it costs.
         """
         if self._device.type == "cuda":
             # What the device has still to do is training, not reporting.
@@ -76,10 +76,11 @@ class Recorder:
         packed = torch.stack([*sums, wait_share.to(self._device)])
         distributed.all_reduce(packed)
         values = dict(zip([*names, "data_wait_share"], packed.tolist(), strict=True))
-        slowest = torch.tensor([self._reported, -agreed_seconds], device=self._device)
-        distributed.all_reduce(slowest, distributed.ReduceOp.MAX)
-        reported, least_agreed = slowest.tolist()
-        values["report_share"] = (reported - least_agreed) / elapsed
+        overhead = torch.tensor([self._reported, *(-s for s in agreed_seconds)])
+        overhead = overhead.to(self._device)
+        distributed.all_reduce(overhead, distributed.ReduceOp.MAX)
+        reported, *least_agreed = overhead.tolist()
+        values["report_share"] = (reported - sum(least_agreed)) / elapsed
         values["images_per_second"] = self._steps * self._batch_size / elapsed
         broken: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
         distributed.all_gather_object(broken, self._broken)
