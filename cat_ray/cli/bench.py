@@ -1,6 +1,8 @@
 """`cat-ray bench`: speed, as ratios of two things in one run."""
 
+import contextlib
 import os
+import sys
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -108,7 +110,10 @@ def bench_recovery(
         from cat_ray.operations.bench_recovery import bench_recovery as measure
         from cat_ray.operations.bench_recovery import recovery_table, to_json
 
-        found = measure(configuration.load(job, overrides or ()), repetitions)
+        config = configuration.load(job, overrides or ())
+        # What the runs say on the way is no part of what was found.
+        with contextlib.redirect_stdout(sys.stderr):
+            found = measure(config, repetitions)
         _tell(as_json, to_json(found), [recovery_table(found)])
 
 

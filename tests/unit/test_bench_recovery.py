@@ -5,7 +5,9 @@ import json
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from cat_ray.cli import app
 from cat_ray.config import Config, dump, parse
 from cat_ray.errors import BadInput, RunFailed
 from cat_ray.operations import bench_recovery as bench
@@ -54,6 +56,18 @@ def test_a_job_of_one_lane_is_refused(tiny_job):
     job = parse(tiny_job, "job", ("optimisation.lanes=1", "workers.minimum=1", "workers.maximum=1"))
     with pytest.raises(BadInput, match=r"optimisation\.lanes to 2"):
         schedule(job)
+
+
+def test_scripts_get_nothing_but_json(found, job_file, monkeypatch):
+    def measure(config: Config, repetitions: int) -> RecoverySeconds:
+        print("a line of a run", repetitions)
+        return found
+
+    monkeypatch.setattr(bench, "bench_recovery", measure)
+    command = ["bench", "recovery", str(job_file), "--repetitions", "3", "--json"]
+    result = CliRunner().invoke(app, command)
+    assert json.loads(result.stdout) == json.loads(to_json(found))
+    assert result.stderr == "a line of a run 3\n"
 
 
 def test_medians_and_ratios_to_a_fresh_start(found):

@@ -10,7 +10,9 @@ import time
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
+from cat_ray.cli import app
 from cat_ray.operations.gpus import find_gpu
 from cat_ray.operations.step_comparison import (
     PLAIN,
@@ -176,3 +178,12 @@ def test_plain_pytorch_is_measured_without_ray_and_deepspeed():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout.split() == ["cat_ray.operations.plain_training"], result.stderr
+
+
+@pytest.mark.parametrize(("workers", "told"), [("1,x", "as in 1,2"), ("1,5", "lanes is 4")])
+def test_numbers_of_workers_that_cannot_be_are_refused_in_a_line(job_file, workers, told):
+    result = CliRunner().invoke(app, ["bench", "step", str(job_file), "--workers", workers])
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("cat-ray: --workers")
+    assert told in line
