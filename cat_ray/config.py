@@ -202,7 +202,14 @@ class EngineSettings(Section):
 
 
 class Optimisation(Section):
-    """The optimiser, the global batch, and the lanes it is cut into."""
+    """The optimiser, the global batch, and the lanes it is cut into.
+
+    Attributes:
+        micro_batch_lanes: how many of its lanes a worker puts through the networks at once, all if
+            unset; fewer need less memory, and the generator then makes the fakes twice.
+        reuse_generator_forward: the fakes of the discriminator's step serve the generator's too.
+        compile: the networks' blocks, and the VAE's encoder, with torch.compile.
+    """
 
     batch_size: int = Field(default=512, gt=0)
     lanes: int = Field(default=64, gt=0)
@@ -211,6 +218,8 @@ class Optimisation(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     activation_checkpointing: bool = False
     reuse_generator_forward: bool = True
+    micro_batch_lanes: int | None = Field(default=None, gt=0)
+    compile: bool = False
     ema_decays: tuple[float, ...] = Field(default=(0.999,), min_length=1)
     generator: EngineSettings = EngineSettings()
     discriminator: EngineSettings = EngineSettings()
@@ -219,6 +228,11 @@ class Optimisation(Section):
     def lane_size(self) -> int:
         """Images that a lane adds to a batch."""
         return self.batch_size // self.lanes
+
+    def reuses_forward(self, lanes: int) -> bool:
+        """Whether a worker with so many lanes makes the fakes once for both steps."""
+        at_once = self.micro_batch_lanes is None or self.micro_batch_lanes >= lanes
+        return self.reuse_generator_forward and at_once
 
     @model_validator(mode="after")
     def _check(self) -> "Optimisation":

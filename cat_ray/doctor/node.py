@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from cat_ray import __version__
 from cat_ray.doctor.facts import Disk, NodeFacts
 from cat_ray.versions import PACKAGES
 
@@ -27,6 +28,8 @@ def facts_here(staging_folder: str, ray_temp: str) -> NodeFacts:
     return NodeFacts(
         versions={
             "python": platform.python_version(),
+            # Our own code may have come with a job, and not be installed there.
+            "cat-ray": __version__,
             **{name: _version(name) for name in PACKAGES},
         },
         torch_gpus=torch.cuda.device_count(),

@@ -4,6 +4,7 @@ The same draws give the same augmentation on every stage's output, on a perturbe
 geometry is concerned, on the image that the teacher sees.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -41,9 +42,9 @@ class AugmentDraws:
     cut_column: Tensor
     flip: Tensor
 
-    def to(self, device: torch.device) -> "AugmentDraws":
-        """The same draws on another device."""
-        return AugmentDraws(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+    def each(self, change: Callable[[Tensor], Tensor]) -> "AugmentDraws":
+        """The same draws with a function applied to each tensor, such as one to a device."""
+        return AugmentDraws(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
 
 
 def concatenate(draws: list[AugmentDraws]) -> AugmentDraws:

@@ -28,7 +28,7 @@ class Rows:
     Attributes:
         generated: through the generator.
         judged: through the discriminator in its own step, penalised ones included.
-        judged_again: through the frozen discriminator in the generator's step.
+        judged_again: fakes through the frozen discriminator in the generator's step.
         aligned: reals that are projected for the teacher.
     """
 
@@ -91,13 +91,14 @@ class Networks:
 
 
 def rows_of(config: Config, workers: int) -> Rows:
-    """The rows of the worker with the most lanes."""
+    """The rows of the largest micro-batch of the worker with the most lanes."""
     lanes = -(-config.optimisation.lanes // workers)
+    lanes = min(lanes, config.optimisation.micro_batch_lanes or lanes)
     images, penalised = lanes * config.optimisation.lane_size, lanes * config.penalised_per_lane()
     return Rows(
         generated=images,
         judged=2 * images + 2 * penalised,
-        judged_again=2 * images,
+        judged_again=images,
         aligned=images if config.objective.alignment.weight else 0,
     )
 

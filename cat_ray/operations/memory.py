@@ -100,7 +100,7 @@ def worker_memory(
         frozen += FLOAT_BYTES * TEACHER_PARAMETERS.get(alignment.teacher_width, 0)
     if config.latents.vae is not None:
         frozen += FLOAT_BYTES * ENCODER_PARAMETERS
-    reuse = config.optimisation.reuse_generator_forward
+    reuse = config.optimisation.reuses_forward(-(-config.optimisation.lanes // workers))
     return WorkerMemory(
         weights=weights,
         gradients=gradients,

@@ -50,10 +50,12 @@ class PlainEngine:
     def __call__(self, *inputs: Any) -> Any:
         return self.module(*inputs)
 
-    def descend(self, loss: Tensor) -> None:
-        """One optimiser step."""
+    def descend(self, loss: Tensor, last: bool = True) -> None:
+        """Adds the gradient of a micro-batch's part of the loss; the last one's makes the step."""
         with part("backward"):
             loss.backward()
+        if not last:
+            return
         with part("optimiser"):
             self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._clip)
             self._optimizer.step()
@@ -70,7 +72,13 @@ def plain_state(config: Config, device: torch.device) -> TrainingState:
 
 
 def plain_steps(config: Config, order: str, steps: int) -> StepTimes:
-    """Measures steps of one order, on the whole batch, with the threads of one of our workers."""
+    """Measures steps of one order, on the whole batch, with the threads of one of our workers.
+
+    The reference order is not compiled, as its networks are not.
+    """
+    if order == "reference":
+        eager = config.optimisation.model_copy(update={"compile": False})
+        config = config.model_copy(update={"optimisation": eager})
     torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
     device = choose_device()
     peak = measure_matmul() if device.type == "cpu" else 0.0

@@ -5,6 +5,8 @@ fakes and their perturbed copies one after the other, as GAT's code does. Losses
 are those of `training/steps.py`: so are the gradients, but for rounding.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,30 +17,32 @@ from cat_ray.objective.consistency import consistency
 from cat_ray.objective.penalty import finite_difference
 from cat_ray.objective.pyramid import real_pyramid, stage_pyramid
 from cat_ray.training.averaging import Averages
-from cat_ray.training.draws import StepDraws
 from cat_ray.training.parts import part
-from cat_ray.training.reals import Reals
-from cat_ray.training.steps import Adversaries
+from cat_ray.training.steps import Adversaries, MicroBatch
 
 
 def reference_step(
-    adversaries: Adversaries, averages: Averages, reals: Reals, labels: Tensor, draws: StepDraws
+    adversaries: Adversaries, averages: Averages, micro_batches: Sequence[MicroBatch]
 ) -> None:
     """Moves D, then G, then G's averages; the arguments are those of `training_step`."""
-    with part("G forward"), torch.no_grad():
-        outputs = adversaries.generator(draws.latents, labels)
-    discriminator_step(adversaries, reals, labels, outputs, draws)
-    with part("G forward"):
-        outputs = adversaries.generator(draws.latents, labels)
-    generator_step(adversaries, reals.images, labels, outputs, draws)
+
+    @part("G forward")
+    def made(micro_batch: MicroBatch) -> Tensor:
+        return adversaries.generator(micro_batch.draws.latents, micro_batch.labels)
+
+    for each in micro_batches:
+        with torch.no_grad():
+            outputs = made(each)
+        discriminator_step(adversaries, each, outputs)
+    for each in micro_batches:
+        generator_step(adversaries, each, made(each))
     averages.update()
 
 
 @part("D step")
-def discriminator_step(
-    adversaries: Adversaries, reals: Reals, labels: Tensor, outputs: Tensor, draws: StepDraws
-) -> None:
+def discriminator_step(adversaries: Adversaries, micro_batch: MicroBatch, outputs: Tensor) -> None:
     """D's step by four forward passes."""
+    reals, labels, draws = micro_batch.reals, micro_batch.labels, micro_batch.draws
     config, engine = adversaries.config, adversaries.discriminator
     objective, batch = config.objective, config.optimisation.batch_size
     policy, penalty, scales = objective.augment.policy(), objective.penalty, config.model.scales()
@@ -67,14 +71,13 @@ def discriminator_step(
         grid = scales[-1] // config.model.discriminator.patch
         target = adversaries.teacher(move(reals.pictures, draws.discriminator_real), grid)
         loss = loss + objective.alignment.weight * alignment_loss(projected, target).sum() / batch
-    engine.descend(loss)
+    engine.descend(loss, micro_batch.last)
 
 
 @part("G step")
-def generator_step(
-    adversaries: Adversaries, images: Tensor, labels: Tensor, outputs: Tensor, draws: StepDraws
-) -> None:
+def generator_step(adversaries: Adversaries, micro_batch: MicroBatch, outputs: Tensor) -> None:
     """G's step: D judges the reals without a gradient, and then the fakes."""
+    images, labels, draws = micro_batch.reals.images, micro_batch.labels, micro_batch.draws
     config, judge = adversaries.config, adversaries.discriminator.module
     objective, batch = config.objective, config.optimisation.batch_size
     policy, scales = objective.augment.policy(), config.model.scales()
@@ -89,5 +92,5 @@ def generator_step(
     tied = objective.consistency
     agreement = consistency(outputs, config.stage_weights(), tied.stop_gradient).sum() / batch
     adversarial = generator_loss(real_logits, fake_logits).sum() / batch
-    adversaries.generator.descend(adversarial + tied.weight * agreement)
+    adversaries.generator.descend(adversarial + tied.weight * agreement, micro_batch.last)
     judge.requires_grad_(True)

@@ -16,7 +16,7 @@ from cat_ray.config import Config
 from cat_ray.data.latents import IMAGE_CHANNELS, REDUCTION
 from cat_ray.data.read import Batch, Reading
 from cat_ray.storage import locate
-from cat_ray.training.draws import draw_step
+from cat_ray.training.micro_batches import micro_batches_of
 from cat_ray.training.parts import measured
 from cat_ray.training.reals import RealsMaker
 from cat_ray.training.state import TrainingState
@@ -66,10 +66,8 @@ def steps_on_random_data(
     maker, own = RealsMaker(config, reading, device), _random_batch(config, reading, lanes)
 
     def take(place: int) -> Any:
-        labels = torch.from_numpy(own.labels).to(device)
-        draws = draw_step(config, lanes, place, device, posterior=maker.are_latents)
-        reals = maker(own, draws.posterior)
-        return step(state.adversaries, state.averages, reals, labels, draws)
+        micro_batches = micro_batches_of(config, own, lanes, place, maker, device)
+        return step(state.adversaries, state.averages, micro_batches)
 
     return take
 

@@ -133,10 +133,12 @@ def work_of(config: Config) -> Work:
     """The operations of one step for each image, as `cat_ray/training/steps.py` takes it."""
     optimisation, alignment = config.optimisation, config.objective.alignment
     g, d = generator_pass(config), discriminator_pass(config)
-    generator_forwards = 1 if optimisation.reuse_generator_forward else 2
+    reuse = optimisation.reuse_generator_forward and optimisation.micro_batch_lanes is None
+    generator_forwards = 1 if reuse else 2
     penalised = 2 * config.penalised_per_lane() / optimisation.lane_size
-    # Real and fake, and both again with noise in the discriminator's step.
-    judged, judged_again = 2.0, 2.0
+    # Real and fake, and both again with noise in the discriminator's step; in the generator's the
+    # fakes, and the reals without a gradient.
+    judged, judged_again = 2.0, 1.0
     recompute = 0.0
     if optimisation.activation_checkpointing:
         recompute = g.blocks + (judged + penalised + judged_again) * d.blocks
@@ -146,7 +148,7 @@ def work_of(config: Config) -> Work:
         generator=generator_forwards * g.forward + g.backward,
         discriminator_step=judged * (d.forward + d.backward) + 3 * projector_macs(config),
         penalty=penalised * (d.forward + d.backward),
-        generator_step=judged_again * (d.forward + d.backward_frozen),
+        generator_step=d.forward + judged_again * (d.forward + d.backward_frozen),
         recompute=recompute,
         teacher=teacher_macs(alignment.teacher_width) if alignment.weight else 0.0,
         encoder=ENCODER_MACS * (side / ENCODER_SIDE) ** 2 if encoded else 0.0,

@@ -9,12 +9,13 @@ from torch import Tensor
 from cat_ray.config import Config
 from cat_ray.objective.augment import AugmentDraws, concatenate, draw
 from cat_ray.training.parts import part
+from cat_ray.training.placement import to_device
 from cat_ray.training.randomness import Purpose, random_stream
 
 
 @dataclass(frozen=True)
 class StepDraws:
-    """The random numbers of a worker's part of a batch of n images, P of them penalised.
+    """The random numbers of a micro-batch of n images, P of them penalised.
 
     Attributes:
         latents: `[n, latent_width]`, for the fakes of both steps.
@@ -59,11 +60,11 @@ def draw_step(
 
     def normal(each_lane: list[np.random.Generator], *shape: int) -> Tensor:
         parts = [lane.standard_normal(shape, dtype=np.float32) for lane in each_lane]
-        return torch.from_numpy(np.concatenate(parts)).to(device)
+        return to_device(torch.from_numpy(np.concatenate(parts)), device)
 
     def augmentation(purpose: Purpose) -> AugmentDraws:
         parts = [draw(policy, lane_size, side, lane) for lane in streams(purpose)]
-        return concatenate(parts).to(device)
+        return concatenate(parts).each(lambda values: to_device(values, device))
 
     def noise(purpose: Purpose) -> list[Tensor]:
         each_lane = streams(purpose)
@@ -77,7 +78,7 @@ def draw_step(
         generator_real=augmentation(Purpose.GENERATOR_AUGMENT_REAL),
         generator_fake=augmentation(Purpose.GENERATOR_AUGMENT_FAKE),
         # A lane's samples are in random order already: its first ones are a random share.
-        penalised=rows[:, :penalised].flatten().to(device),
+        penalised=to_device(rows[:, :penalised].flatten(), device),
         noise_real=noise(Purpose.PENALTY_REAL),
         noise_fake=noise(Purpose.PENALTY_FAKE),
         posterior=normal(streams(Purpose.POSTERIOR), lane_size, channels, side, side)

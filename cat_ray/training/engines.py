@@ -88,11 +88,13 @@ class Engine:
     def __call__(self, *inputs: Any) -> Any:
         return self._engine(*inputs)
 
-    def descend(self, loss: Tensor) -> None:
-        """One optimiser step on this worker's part of the loss."""
+    def descend(self, loss: Tensor, last: bool = True) -> None:
+        """Adds the gradient of a micro-batch's part of the loss; the last one's makes the step."""
+        self._engine.set_gradient_accumulation_boundary(last)
         with part("backward"):
             self._engine.backward(loss * self.world_size)
-        self.before_step()
+        if last:
+            self.before_step()
         with part("optimiser"):
             self._engine.step()
 

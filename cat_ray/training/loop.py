@@ -1,7 +1,5 @@
 """The training loop: next batch, both steps, average, record, save, ask whether to go on."""
 
-import torch
-
 from cat_ray.training.session import Session, due
 from cat_ray.training.steps import training_step
 
@@ -15,16 +13,11 @@ def train(session: Session) -> None:
     config, batch_size = session.config, session.config.optimisation.batch_size
 
     for batch in session.batches():
-        labels = torch.from_numpy(batch.labels).to(session.device)
-        draws = session.draw_step(batch)
-        reals = session.reals(batch, draws.posterior)
-
-        figures, outputs = training_step(
-            session.adversaries, session.averages, reals, labels, draws
-        )
+        micro_batches = session.micro_batches(batch)
+        figures, fakes = training_step(session.adversaries, session.averages, micro_batches)
         session.images += batch_size
 
-        session.recorder.add(figures, outputs)
+        session.recorder.add(figures, fakes)
         if due(session.images, config.reporting.log_every_images, config):
             session.record()
         if due(session.images, config.reporting.grid_every_images, config):

@@ -11,11 +11,12 @@ from cat_ray.data.read import Batch, Reading
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.sampling import to_unit
 from cat_ray.training.parts import part
+from cat_ray.training.placement import to_device
 
 
 @dataclass(frozen=True)
 class Reals:
-    """What a worker's part of a batch shows.
+    """What a micro-batch shows.
 
     Attributes:
         images: as the networks see them: `[n, c, R, R]`, pixels in [-1, 1] or scaled latents.
@@ -44,7 +45,7 @@ class RealsMaker:
     @part("batch to device")
     def __call__(self, batch: Batch, posterior: Tensor | None) -> Reals:
         """The reals of a batch; `posterior` is the noise of its latents."""
-        content = torch.from_numpy(batch.content).to(self._device)
+        content = to_device(torch.from_numpy(batch.content), self._device)
         if self._reading.contents == "images":
             pictures = to_unit(content.permute(0, 3, 1, 2))
             if self.codec is None or posterior is None:
@@ -60,4 +61,10 @@ class RealsMaker:
 
 def _load_codec(config: Config, device: torch.device) -> LatentCodec | None:
     latents = config.latents
-    return load_vae(latents.vae, latents.revision).to(device) if latents.vae else None
+    if latents.vae is None:
+        return None
+    codec = load_vae(latents.vae, latents.revision).to(device)
+    if config.optimisation.compile:
+        # It sees a lane at a time: always the same shape.
+        codec.vae.encoder.compile()
+    return codec

@@ -1,7 +1,7 @@
 """Adds up figures between log lines, over steps and workers, and knows where the time went."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from cat_ray.data.read import Batch
 from cat_ray.evaluation.alignment_metrics import alignment_figures
 from cat_ray.operations.goodput import Ledger
 from cat_ray.training.parts import part
+from cat_ray.training.steps import Figures, add_up
 
 
 class Recorder:
@@ -34,15 +35,16 @@ class Recorder:
             yield batch
 
     @part("figures")
-    def add(self, figures: dict[str, Tensor], outputs: Tensor) -> None:
+    def add(self, figures: Figures, fakes: Sequence[Tensor]) -> None:
         """Takes one step's figures, this worker's parts of the batch's means, and those of how well
-        the stage outputs `[K, n, c, R, R]` agree.
+        the stage outputs agree: `[K, n, c, R, R]` of each micro-batch.
         """
         with self.reporting():
-            stages = alignment_figures(outputs)
-            own = {name: values.sum() / self._batch_size for name, values in stages.items()}
-            for name, value in (figures | own).items():
-                self._sums[name] = self._sums[name] + value if name in self._sums else value
+            stages = add_up(
+                {name: values.sum() / self._batch_size for name, values in measured.items()}
+                for measured in (alignment_figures(outputs) for outputs in fakes)
+            )
+            self._sums = add_up([self._sums, figures | stages])
             self._steps += 1
 
     @contextmanager

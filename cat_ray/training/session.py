@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import ray
 import ray.train
+import torch
 from torch import Tensor, distributed
 
 from cat_ray.checkpoint.write import Saved
@@ -23,7 +24,6 @@ from cat_ray.operations.trackers import start_trackers
 from cat_ray.storage import locate
 from cat_ray.training.agreement import Agreement
 from cat_ray.training.cloud_notices import cloud_source
-from cat_ray.training.draws import StepDraws, draw_step
 from cat_ray.training.elasticity import RayDrain, drain_node, on_head_node
 from cat_ray.training.engines import choose_device
 from cat_ray.training.faults import Injector
@@ -37,6 +37,7 @@ from cat_ray.training.health import (
     must_roll_back,
     roll_back_message,
 )
+from cat_ray.training.micro_batches import micro_batches_of
 from cat_ray.training.monitor import Monitor
 from cat_ray.training.preemption import Poller
 from cat_ray.training.reals import RealsMaker
@@ -44,6 +45,7 @@ from cat_ray.training.recorder import Recorder
 from cat_ray.training.requests import NOTICES, RESIZE, STOP, StopFile
 from cat_ray.training.saver import Saver
 from cat_ray.training.state import make_state
+from cat_ray.training.steps import MicroBatch
 from cat_ray.training.watchdog import Watchdog, end_process
 
 DRAIN_POLL_SECONDS = 0.5
@@ -131,20 +133,16 @@ class Session:
         """This worker's part of every batch still due."""
         return self.recorder.timed(self._batches, self._ledger)
 
-    def draw_step(self, batch: Batch) -> StepDraws:
-        """The random numbers of the step that trains on a batch."""
+    def micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """A batch and its random numbers, in the parts that go through the networks at once."""
         step = self.images // self.config.optimisation.batch_size
-        draws = draw_step(
-            self.config,
-            self.lanes,
-            step,
-            self.device,
-            self.noise_stream,
-            posterior=self.reals.are_latents,
+        made = micro_batches_of(
+            self.config, batch, self.lanes, step, self.reals, self.device, self.noise_stream
         )
         if self._keys is not None:
-            self._keys.add(self.images, self.lanes, batch.keys, draws.latents.cpu().numpy())
-        return draws
+            noise = torch.cat([each.draws.latents for each in made])
+            self._keys.add(self.images, self.lanes, batch.keys, noise.cpu().numpy())
+        return made
 
     def end_step(self, figures: dict[str, Tensor]) -> None:
         """Agrees with the other workers whether to go on.

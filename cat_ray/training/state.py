@@ -12,7 +12,7 @@ from cat_ray.checkpoint import layout
 from cat_ray.checkpoint.read import CheckpointReader
 from cat_ray.checkpoint.write import Slice
 from cat_ray.config import Config
-from cat_ray.model.build import build_discriminator, build_generator
+from cat_ray.model.build import build_discriminator, build_generator, compile_blocks
 from cat_ray.objective.alignment import load_teacher
 from cat_ray.storage import Location
 from cat_ray.training.averaging import Averages
@@ -41,6 +41,9 @@ def make_state(
     generator = build_generator(config, dtype).to(device)
     torch.manual_seed(_initial_seed(config, 1))
     discriminator = build_discriminator(config, dtype).to(device)
+    if config.optimisation.compile:
+        compile_blocks(generator)
+        compile_blocks(discriminator)
     reader = CheckpointReader(checkpoint) if checkpoint is not None else None
     if reader is not None:
         # Before the engines are made: their fp32 masters are copies of these.

@@ -4,6 +4,7 @@ Figures and losses are sums over this worker's images divided by the global batc
 the workers they are the batch's mean, whatever the workers' shares.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,23 @@ Figures = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class MicroBatch:
+    """What goes through the networks at once: some of a worker's lanes, n images.
+
+    Attributes:
+        reals: the real images.
+        labels: their classes `[n]`, which the fakes share.
+        draws: their random numbers.
+        last: of the worker's part of a batch: with it the networks move.
+    """
+
+    reals: Reals
+    labels: Tensor
+    draws: StepDraws
+    last: bool = True
+
+
+@dataclass(frozen=True)
 class Adversaries:
     """The two engines, and the frozen teacher where alignment is on."""
 
@@ -36,48 +54,62 @@ class Adversaries:
 
 
 def training_step(
-    adversaries: Adversaries, averages: Averages, reals: Reals, labels: Tensor, draws: StepDraws
-) -> tuple[Figures, Tensor]:
-    """Moves D, then G, then G's averages.
+    adversaries: Adversaries, averages: Averages, micro_batches: Sequence[MicroBatch]
+) -> tuple[Figures, list[Tensor]]:
+    """Moves D, then G, then G's averages, by a worker's part of a batch.
 
     Returns:
-        The step's figures, and the stage outputs `[K, n, c, R, R]`, detached.
+        The step's figures, and each micro-batch's stage outputs `[K, n, c, R, R]`, detached.
     """
-    generator = adversaries.generator
-    reuse = adversaries.config.optimisation.reuse_generator_forward
-    with part("G forward"), torch.set_grad_enabled(reuse):
-        outputs = generator(draws.latents, labels)
-    figures = discriminator_step(adversaries, reals, labels, outputs.detach(), draws)
-    if not reuse:
-        with part("G forward"):
-            outputs = generator(draws.latents, labels)
-    figures |= generator_step(adversaries, reals.images, labels, outputs, draws)
+    generator, optimisation = adversaries.generator, adversaries.config.optimisation
+    # The fakes' graph is kept through the discriminator's step only where all are made at once.
+    reuse = optimisation.reuse_generator_forward and len(micro_batches) == 1
+
+    @part("G forward")
+    def made(micro_batch: MicroBatch) -> Tensor:
+        return generator(micro_batch.draws.latents, micro_batch.labels)
+
+    with torch.set_grad_enabled(reuse):
+        fakes = [made(each) for each in micro_batches]
+    figures = add_up(
+        discriminator_step(adversaries, each, outputs.detach())
+        for each, outputs in zip(micro_batches, fakes, strict=True)
+    )
+    figures |= add_up(
+        generator_step(adversaries, each, outputs if reuse else made(each))
+        for each, outputs in zip(micro_batches, fakes, strict=True)
+    )
     averages.update()
-    return figures, outputs.detach()
+    return figures, [outputs.detach() for outputs in fakes]
 
 
 @part("D step")
 def discriminator_step(
-    adversaries: Adversaries, reals: Reals, labels: Tensor, outputs: Tensor, draws: StepDraws
+    adversaries: Adversaries, micro_batch: MicroBatch, outputs: Tensor
 ) -> Figures:
     """Tells reals from fakes at every scale, with R1, R2 and alignment; moves only D.
 
     Args:
         adversaries: the two engines.
-        reals: real images, n of them.
-        labels: their classes `[n]`, which the fakes share.
+        micro_batch: n images; D moves after the last of a batch.
         outputs: the fakes' stage outputs `[K, n, c, R, R]`, detached.
-        draws: the step's random numbers.
     """
+    reals, labels, draws = micro_batch.reals, micro_batch.labels, micro_batch.draws
     config, engine = adversaries.config, adversaries.discriminator
     objective, batch = config.objective, config.optimisation.batch_size
     policy, penalty = objective.augment.policy(), objective.penalty
-    scales, rows, images = config.model.scales(), draws.penalised, reals.images
+    scales, images = config.model.scales(), reals.images
+    # Without the penalty nothing is perturbed.
+    rows = draws.penalised if penalty.weight else draws.penalised[:0]
+
+    def perturbed(images: Tensor, noise: Tensor) -> Tensor:
+        return images[rows] + penalty.sigma * noise[: len(rows)]
 
     real = real_pyramid(augment(images, draws.discriminator_real, policy), scales)
     fake = stage_pyramid(augment_stages(outputs, draws.discriminator_fake, policy), scales)
+    # One pass for all of them: no layer mixes images.
     judged = [
-        torch.cat([x, h, x[rows] + penalty.sigma * eps, h[rows] + penalty.sigma * eta])
+        torch.cat([x, h, perturbed(x, eps), perturbed(h, eta)])
         for x, h, eps, eta in zip(real, fake, draws.noise_real, draws.noise_fake, strict=True)
     ]
     judged_labels = torch.cat([labels, labels, labels[rows], labels[rows]])
@@ -105,40 +137,49 @@ def discriminator_step(
     figures["real_logit"] = real_logits.mean(dim=1).sum() / batch
     figures["fake_logit"] = fake_logits.mean(dim=1).sum() / batch
     figures["d_accuracy"] = (real_logits > fake_logits).float().mean(dim=1).sum() / batch
-    engine.descend(loss)
-    figures["discriminator_gradient_norm"] = engine.gradient_norm()
+    engine.descend(loss, micro_batch.last)
+    if micro_batch.last:
+        figures["discriminator_gradient_norm"] = engine.gradient_norm()
     return {name: value.detach() for name, value in figures.items()}
 
 
 @part("G step")
-def generator_step(
-    adversaries: Adversaries, images: Tensor, labels: Tensor, outputs: Tensor, draws: StepDraws
-) -> Figures:
+def generator_step(adversaries: Adversaries, micro_batch: MicroBatch, outputs: Tensor) -> Figures:
     """Makes every stage win at its scale and agree with the final output; moves only G.
 
-    `images` are the reals, `[n, c, R, R]`, and `outputs` carry the generator's graph; the other
-    arguments are as in `discriminator_step`.
+    `outputs` carry the generator's graph; otherwise as `discriminator_step`.
     """
+    images, labels, draws = micro_batch.reals.images, micro_batch.labels, micro_batch.draws
     config, judge = adversaries.config, adversaries.discriminator.module
     objective, batch = config.objective, config.optimisation.batch_size
     policy, scales = objective.augment.policy(), config.model.scales()
 
     real = real_pyramid(augment(images, draws.generator_real, policy), scales)
     fake = stage_pyramid(augment_stages(outputs, draws.generator_fake, policy), scales)
-    judged = [torch.cat(pair) for pair in zip(real, fake, strict=True)]
     # Frozen, and called as a bare module: no gradient reaches D, no hook of its engine fires.
     judge.requires_grad_(False)
+    # Apart from the fakes: in one pass the way back would be gone through for the reals as well.
     with part("D forward"):
-        logits, _ = judge(judged, torch.cat([labels, labels]))
-    real_logits, fake_logits = logits.chunk(2)
-    adversarial = generator_loss(real_logits.detach(), fake_logits).sum() / batch
+        with torch.no_grad():
+            real_logits, _ = judge(real, labels)
+        fake_logits, _ = judge(fake, labels)
+    adversarial = generator_loss(real_logits, fake_logits).sum() / batch
     tied = objective.consistency
-    agreement = consistency(outputs, config.stage_weights(), tied.stop_gradient).sum() / batch
+    with torch.set_grad_enabled(tied.weight > 0):
+        agreement = consistency(outputs, config.stage_weights(), tied.stop_gradient).sum() / batch
     loss = adversarial + tied.weight * agreement
-    adversaries.generator.descend(loss)
+    adversaries.generator.descend(loss, micro_batch.last)
     judge.requires_grad_(True)
-    return {
-        "g_loss": adversarial.detach(),
-        "consistency": agreement.detach(),
-        "generator_gradient_norm": adversaries.generator.gradient_norm(),
-    }
+    figures = {"g_loss": adversarial.detach(), "consistency": agreement.detach()}
+    if micro_batch.last:
+        figures["generator_gradient_norm"] = adversaries.generator.gradient_norm()
+    return figures
+
+
+def add_up(parts: Iterable[Figures]) -> Figures:
+    """The figures of a batch from those of its micro-batches."""
+    total: Figures = {}
+    for figures in parts:
+        for name, value in figures.items():
+            total[name] = total[name] + value if name in total else value
+    return total

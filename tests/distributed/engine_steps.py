@@ -17,7 +17,7 @@ from cat_ray.training.engines import local_values
 from cat_ray.training.lanes import share
 from cat_ray.training.reals import Reals
 from cat_ray.training.state import TrainingState, make_state, state_slices
-from cat_ray.training.steps import discriminator_step, generator_step
+from cat_ray.training.steps import MicroBatch, discriminator_step, generator_step
 
 CPU = torch.device("cpu")
 
@@ -38,11 +38,12 @@ def step(state: TrainingState, config: Config, images, labels, at: int) -> dict[
     outputs = generator(draws.latents, labels[own])
     before = held(generator.module)
     reals = Reals(images[own], images[own])
-    discriminator_step(state.adversaries, reals, labels[own], outputs.detach(), draws)
+    micro_batch = MicroBatch(reals, labels[own], draws)
+    discriminator_step(state.adversaries, micro_batch, outputs.detach())
     leaks = {"generator": holds_gradient(generator.module)}
     leaks["generator moved"] = differs(before, held(generator.module))
     before = held(discriminator.module)
-    generator_step(state.adversaries, images[own], labels[own], outputs, draws)
+    generator_step(state.adversaries, micro_batch, outputs)
     leaks["discriminator"] = holds_gradient(discriminator.module)
     leaks["discriminator moved"] = differs(before, held(discriminator.module))
     state.averages.update()

@@ -17,7 +17,12 @@ from cat_ray.storage import locate
 from cat_ray.training.draws import draw_step
 from cat_ray.training.randomness import Purpose, key
 from cat_ray.training.reals import Reals
-from cat_ray.training.steps import Adversaries, discriminator_step, generator_step
+from cat_ray.training.steps import (
+    Adversaries,
+    MicroBatch,
+    discriminator_step,
+    generator_step,
+)
 
 STEPS = 5
 TOLERANCE = 1e-6
@@ -53,7 +58,8 @@ class PlainEngine:
     def gradient_norm(self) -> Tensor:
         return self.norm
 
-    def descend(self, loss: Tensor) -> None:
+    def descend(self, loss: Tensor, last: bool = True) -> None:
+        assert last
         self.optimizer.zero_grad()
         loss.backward()
         self.norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
@@ -83,9 +89,9 @@ def plain_training(config: Config, batches: dict[str, Tensor], steps: int) -> di
         images, labels = batches["images"][at], batches["labels"][at]
         draws = draw_step(config, range(config.optimisation.lanes), at, CPU)
         outputs = generator(draws.latents, labels)
-        reals = Reals(images, images)
-        discriminator_step(adversaries, reals, labels, outputs.detach(), draws)
-        generator_step(adversaries, images, labels, outputs, draws)
+        micro_batch = MicroBatch(Reals(images, images), labels, draws)
+        discriminator_step(adversaries, micro_batch, outputs.detach())
+        generator_step(adversaries, micro_batch, outputs)
         for name, value in generator.named_parameters():
             average[name] = decay * average[name] + (1 - decay) * value.detach()
     return {

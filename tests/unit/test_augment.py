@@ -317,5 +317,5 @@ def test_the_draws_of_an_image_are_independent():
 
 
 def test_draws_move_to_a_device_all_together():
-    moved = still(2).to(torch.device("meta"))
+    moved = still(2).each(lambda values: values.to("meta"))
     assert {getattr(moved, name).device.type for name in NAMES} == {"meta"}

@@ -43,6 +43,8 @@ FREE_KEYS = {
     "objective.alignment.teacher",
     "optimisation.activation_checkpointing",
     "optimisation.reuse_generator_forward",
+    "optimisation.micro_batch_lanes",
+    "optimisation.compile",
     "optimisation.generator.zero_stage",
     "optimisation.discriminator.zero_stage",
 }
