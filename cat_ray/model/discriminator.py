@@ -141,7 +141,8 @@ class Discriminator(nn.Module):
         with precision(labels.device, self.shape.autocast_dtype):
             tokens = self._tokens(pyramid)
             cls_at = [sum(self.lengths[:scale]) for scale in range(len(self.lengths))]
-            features = self.norm(tokens[:, cls_at])
+            # Not by an index, which would be copied to the device in every pass.
+            features = self.norm(torch.stack([tokens[:, at] for at in cls_at], dim=1))
             projected = None
             if aligned_rows:
                 assert self.projector is not None, "the discriminator has no alignment projector"

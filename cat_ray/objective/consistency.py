@@ -33,6 +33,7 @@ def consistency(
         final = final.detach()
     elif stop_gradient == "intermediate":
         early = early.detach()
-    weights = torch.tensor(stage_weights, dtype=outputs.dtype, device=outputs.device)
     distances = (early - final).square().flatten(2).mean(dim=2)
-    return (weights[:, None] * distances).mean(dim=0)
+    # Numbers, not a tensor made of them: its way to the device would be waited for.
+    weighted = [weight * each for weight, each in zip(stage_weights, distances, strict=True)]
+    return torch.stack(weighted).mean(dim=0)
