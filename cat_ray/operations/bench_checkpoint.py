@@ -4,11 +4,12 @@ Both are the same save of the same state by the same writer, in one run. A save 
 next step computes its gradients: the benchmark computes as well, for a fifth of a second.
 """
 
+import json
 import statistics
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from rich.table import Table
@@ -95,3 +96,8 @@ def bench_table(saves: Saves) -> Iterator[Table]:
         table.add_row(name, *(f"{value:.3f} s" for value in ordered))
     table.add_row("ratio", f"{saves.ratio:.1%}", "", "")
     yield table
+
+
+def to_json(saves: Saves) -> str:
+    """The same for scripts."""
+    return json.dumps({**asdict(saves), "ratio": saves.ratio}, indent=1)

@@ -1,8 +1,9 @@
 """`cat-ray bench waits`: how long workers that step at a given pace wait for their data."""
 
+import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import ray
 from rich.table import Table
@@ -83,3 +84,8 @@ def waits_table(waits: Sequence[Waits], step_seconds: float) -> Table:
             f"{wait.share:.2%}",
         )
     return table
+
+
+def to_json(waits: Sequence[Waits]) -> str:
+    """The same for scripts, by rank."""
+    return json.dumps([asdict(wait) for wait in waits], indent=1)

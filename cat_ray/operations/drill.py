@@ -88,25 +88,13 @@ def drill(config: Config, faults: Sequence[Fault]) -> Drilled:
     Raises:
         BadInput: the job can't be used, or the folder isn't empty.
     """
-    faulty, undisturbed = (
-        _drilled(config, name, len(faults)) for name in ("faults", "undisturbed")
-    )
+    faulty, undisturbed = (drilled(config, name, len(faults)) for name in ("faults", "undisturbed"))
     run = locate(faulty.run.folder, config.storage.endpoint_url, config.storage.region)
     if run.sizes() or run.folders():
         raise BadInput(f"{run.uri} isn't empty: a drill begins a run of its own")
-    failure, console = "", Console()
-    of_nodes = any(fault.kind not in BY_WORKER for fault in faults)
-    with ExitStack() as around:
-        if of_nodes:
-            workers, cpus = _alone_on_a_node(faulty.workers)
-            faulty = faulty.model_copy(update={"workers": workers})
-            nodes = around.enter_context(_nodes(workers.maximum, cpus))
-            around.enter_context(_node_faults(run, faults, nodes, cpus))
-        console.rule("with faults on purpose: Ray reports workers and nodes that died")
-        try:
-            train(faulty, faults)
-        except RunFailed as error:
-            failure = str(error)
+    console = Console()
+    console.rule("with faults on purpose: Ray reports workers and nodes that died")
+    _, failure = train_with_faults(faulty, faults)
     promises = _findings(faulty, run, failure)
     if all(kept for _, kept, _ in promises):
         console.rule("undisturbed")
@@ -114,11 +102,64 @@ def drill(config: Config, faults: Sequence[Fault]) -> Drilled:
         other = locate(undisturbed.run.folder, config.storage.endpoint_url, config.storage.region)
         # Groups of other sizes round otherwise, and a GAN makes much of it in a hundred steps: with
         # faults of nodes only what went in can be compared. verify-resume compares its first steps.
-        compared = compare_input("", other, run) if of_nodes else compare("", other, run, None)
+        compared = (
+            compare_input("", other, run) if of_nodes(faults) else compare("", other, run, None)
+        )
         promises += [(f"same: {row.what}", row.same, row.measured) for row in compared]
+    return Drilled(recoveries(run, faults), tuple(promises))
+
+
+def drilled(config: Config, name: str, faults: int) -> Config:
+    """The job as a drill with so many faults trains it, in a folder beside its own."""
+    workers = config.workers
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"folder": f"{config.run.folder}-drill/{name}"}),
+            "reporting": config.reporting.model_copy(
+                update={"sample_keys": True, "grid_every_images": config.run.total_images}
+            ),
+            "evaluation": config.evaluation.model_copy(update={"protocol": "none"}),
+            "workers": workers.model_copy(
+                update={
+                    # How many failures are survived is no question of a drill: it makes them all.
+                    "max_failures": max(workers.max_failures, faults),
+                    "stall_seconds": min(workers.stall_seconds, STALL_SECONDS),
+                }
+            ),
+        }
+    )
+
+
+def of_nodes(faults: Sequence[Fault]) -> bool:
+    """Whether some are done to nodes, not by workers to themselves."""
+    return any(fault.kind not in BY_WORKER for fault in faults)
+
+
+def train_with_faults(config: Config, faults: Sequence[Fault]) -> tuple[float, str]:
+    """Trains a job with faults, for faults of nodes on a cluster made for it on this machine.
+
+    Returns:
+        The unix time at which training was called, and why it failed, if it did.
+    """
+    with ExitStack() as around:
+        if of_nodes(faults):
+            workers, cpus = _alone_on_a_node(config.workers)
+            config = config.model_copy(update={"workers": workers})
+            run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
+            nodes = around.enter_context(_nodes(workers.maximum, cpus))
+            around.enter_context(_node_faults(run, faults, nodes, cpus))
+        began, failure = time.time(), ""
+        try:
+            train(config, faults)
+        except RunFailed as error:
+            failure = str(error)
+    return began, failure
+
+
+def recoveries(run: Location, faults: Sequence[Fault]) -> tuple[Recovery, ...]:
+    """What each fault of a run cost it."""
     rows = read_ledger(run)
-    recoveries = (_recovery(run, rows, place, fault) for place, fault in enumerate(faults))
-    return Drilled(tuple(recoveries), tuple(promises))
+    return tuple(_recovery(run, rows, place, fault) for place, fault in enumerate(faults))
 
 
 def drill_tables(found: Drilled) -> Iterator[Table]:
@@ -138,27 +179,6 @@ def drill_tables(found: Drilled) -> Iterator[Table]:
     for promise, kept, measured in found.promises:
         table.add_row(promise, "[green]pass[/green]" if kept else "[red]FAIL[/red]", measured)
     yield table
-
-
-def _drilled(config: Config, name: str, faults: int) -> Config:
-    """The job as a drill trains it."""
-    workers = config.workers
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"folder": f"{config.run.folder}-drill/{name}"}),
-            "reporting": config.reporting.model_copy(
-                update={"sample_keys": True, "grid_every_images": config.run.total_images}
-            ),
-            "evaluation": config.evaluation.model_copy(update={"protocol": "none"}),
-            "workers": workers.model_copy(
-                update={
-                    # How many failures are survived is no question of a drill: it makes them all.
-                    "max_failures": max(workers.max_failures, faults),
-                    "stall_seconds": min(workers.stall_seconds, STALL_SECONDS),
-                }
-            ),
-        }
-    )
 
 
 def _findings(config: Config, run: Location, failure: str) -> list[tuple[str, bool, str]]:

@@ -1,10 +1,13 @@
 """What all workers find out together after each step, by one small sum on the CPU."""
 
+import time
 from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+from cat_ray.training.parts import part
 
 T = TypeVar("T")
 
@@ -23,7 +26,9 @@ class Agreement:
         self._names: list[str] = []
         self._coming: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
+        self._seconds: list[float] = []
 
+    @part("agreement")
     def after_step(
         self, figures: dict[str, Tensor], wishes: Sequence[bool]
     ) -> tuple[dict[str, float] | None, list[bool]]:
@@ -42,6 +47,11 @@ class Agreement:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
         return last, [value > 0 for value in held]
+
+    def take_seconds(self) -> list[float]:
+        """Seconds of each sum since this was last asked, with waiting for the other workers."""
+        seconds, self._seconds = self._seconds, []
+        return seconds
 
     def settle(self) -> dict[str, float] | None:
         """The figures that are still to come, waiting for them; None if there are none."""
@@ -62,11 +72,13 @@ class Agreement:
     def _sum(self, wishes: list[float]) -> tuple[dict[str, float] | None, list[float]]:
         if self._arrived is not None:
             self._arrived.synchronize()
+        began = time.perf_counter()
         late = self._coming if self._coming is not None else torch.empty(0)
         packed = torch.cat([late, torch.tensor(wishes)])
         if not len(packed):
             return None, []
         distributed.all_reduce(packed, group=self.group)
         values = packed.tolist()
+        self._seconds.append(time.perf_counter() - began)
         figures = dict(zip(self._names, values[: len(late)], strict=True)) if len(late) else None
         return figures, values[len(late) :]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from cat_ray.training.engines import PARTITIONED, Engine, Fragment, local_values
+from cat_ray.training.parts import part
 
 
 class Averages:
@@ -26,6 +27,7 @@ class Averages:
         """The decays that there is an average for."""
         return tuple(self._averages)
 
+    @part("averages")
     @torch.no_grad()
     def update(self) -> None:
         """Moves every average towards the present weights: a <- decay a + (1 - decay) w."""

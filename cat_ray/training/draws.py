@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cat_ray.config import Config
 from cat_ray.objective.augment import AugmentDraws, concatenate, draw
+from cat_ray.training.parts import part
 from cat_ray.training.placement import to_device
 from cat_ray.training.randomness import Purpose, random_stream
 
@@ -36,6 +37,7 @@ class StepDraws:
     posterior: Tensor | None = None
 
 
+@part("draws")
 def draw_step(
     config: Config,
     lanes: range,

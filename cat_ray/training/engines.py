@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from cat_ray.config import EngineSettings, Optimisation
+from cat_ray.training.parts import part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EPSILON = 1e-8
@@ -64,6 +65,7 @@ class Engine:
             betas=optimisation.betas,
             eps=EPSILON,
             weight_decay=0.0,
+            fused=True,
         )
         self._engine: Any = deepspeed.initialize(
             model=network,
@@ -97,10 +99,12 @@ class Engine:
     def descend(self, loss: Tensor, last: bool = True) -> None:
         """Adds the gradient of a micro-batch's part of the loss; the last one's makes the step."""
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss * self.world_size)
+        with part("backward"):
+            self._engine.backward(loss * self.world_size)
         if last:
             self.before_step()
-        self._engine.step()
+        with part("optimiser"):
+            self._engine.step()
 
     def gradient_norm(self) -> Tensor:
         """This worker's part of the global norm of the last step's gradient, before clipping.

@@ -10,6 +10,7 @@ from cat_ray.data.latents import LatentCodec, load_vae
 from cat_ray.data.read import Batch, Reading
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.sampling import to_unit
+from cat_ray.training.parts import part
 from cat_ray.training.placement import to_device
 
 
@@ -41,6 +42,7 @@ class RealsMaker:
                 "shards of images with latents.vae, or set objective.alignment.weight to 0"
             )
 
+    @part("batch to device")
     def __call__(self, batch: Batch, posterior: Tensor | None) -> Reals:
         """The reals of a batch; `posterior` is the noise of its latents."""
         content = to_device(torch.from_numpy(batch.content), self._device)

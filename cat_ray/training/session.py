@@ -24,7 +24,6 @@ from cat_ray.operations.trackers import start_trackers
 from cat_ray.storage import locate
 from cat_ray.training.agreement import Agreement
 from cat_ray.training.cloud_notices import cloud_source
-from cat_ray.training.draws import draw_step
 from cat_ray.training.elasticity import RayDrain, drain_node, on_head_node
 from cat_ray.training.engines import choose_device
 from cat_ray.training.faults import Injector
@@ -39,8 +38,8 @@ from cat_ray.training.health import (
     roll_back_message,
 )
 from cat_ray.training.lanes import micro_batches
+from cat_ray.training.micro_batches import micro_batches_of
 from cat_ray.training.monitor import Monitor
-from cat_ray.training.placement import to_device
 from cat_ray.training.preemption import Poller
 from cat_ray.training.reals import RealsMaker
 from cat_ray.training.recorder import Recorder
@@ -78,6 +77,10 @@ class Session:
 
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         group = stream.due.worker_group
+        optimisation = config.optimisation
+        self._parts = micro_batches(
+            optimisation.lanes, world_size, rank, optimisation.micro_batch_lanes
+        )
         self._ledger = Ledger(
             self._run,
             group,
@@ -105,7 +108,7 @@ class Session:
             config, self._run, stream.due, self.averages, self.reals, self.device, self._journal
         )
         self._keys = SampleKeys(self._run, group, rank) if config.reporting.sample_keys else None
-        self.recorder = Recorder(self.device)
+        self.recorder = Recorder(self.device, config.optimisation.batch_size)
         self._around = ExitStack()
 
     def __enter__(self) -> "Session":
@@ -137,24 +140,10 @@ class Session:
 
     def micro_batches(self, batch: Batch) -> list[MicroBatch]:
         """A batch and its random numbers, in the parts that go through the networks at once."""
-        optimisation, first = self.config.optimisation, self.lanes.start
-        step, size = self.images // optimisation.batch_size, optimisation.lane_size
-        made = []
-        world_size, rank = distributed.get_world_size(), distributed.get_rank()
-        most = optimisation.micro_batch_lanes
-        for lanes in micro_batches(optimisation.lanes, world_size, rank, most):
-            rows = batch.rows((lanes.start - first) * size, (lanes.stop - first) * size)
-            draws = draw_step(
-                self.config,
-                lanes,
-                step,
-                self.device,
-                self.noise_stream,
-                posterior=self.reals.are_latents,
-            )
-            labels = to_device(torch.from_numpy(rows.labels), self.device)
-            last = lanes.stop == self.lanes.stop
-            made.append(MicroBatch(self.reals(rows, draws.posterior), labels, draws, last))
+        step = self.images // self.config.optimisation.batch_size
+        made = micro_batches_of(
+            self.config, batch, self._parts, step, self.reals, self.device, self.noise_stream
+        )
         if self._keys is not None:
             noise = torch.cat([each.draws.latents for each in made])
             self._keys.add(self.images, self.lanes, batch.keys, noise.cpu().numpy())
@@ -196,9 +185,31 @@ class Session:
         Raises:
             BadInput: more samples were broken than the configuration allows.
         """
-        config = self.config
-        values, broken = self.recorder.collect(config.optimisation.batch_size)
+        values, broken = self.recorder.collect(self._agreement.take_seconds())
         self._broken += len(broken)
+        with self.recorder.reporting():
+            self._write_down(values, broken)
+
+    def draw_grid(self) -> None:
+        """Draws the fixed latents' samples."""
+        with self._aside("evaluation"):
+            self._monitor.draw_grid(self.images)
+
+    def evaluate(self) -> None:
+        """Measures samples."""
+        with self._aside("evaluation"):
+            self._monitor.evaluate(self.images)
+
+    def save(self) -> None:
+        """Begins to save everything; a state after bad steps is not saved."""
+        if self._saver.images == self.images or not self._is_sound():
+            return
+        with self._aside("save_stall"):
+            self._saver.save(self.images)
+        self._ledger.note(self.images)
+
+    def _write_down(self, values: dict[str, float], broken: list[str]) -> None:
+        config = self.config
         left = config.run.total_images - self.images
         if self._journal is not None:
             eta = left / values["images_per_second"]
@@ -220,24 +231,6 @@ class Session:
                 f"{self._broken} broken samples are more than data.max_broken_samples "
                 f"{config.data.max_broken_samples}, the last ones: {'; '.join(broken[-3:])}"
             )
-
-    def draw_grid(self) -> None:
-        """Draws the fixed latents' samples."""
-        with self._aside("evaluation"):
-            self._monitor.draw_grid(self.images)
-
-    def evaluate(self) -> None:
-        """Measures samples."""
-        with self._aside("evaluation"):
-            self._monitor.evaluate(self.images)
-
-    def save(self) -> None:
-        """Begins to save everything; a state after bad steps is not saved."""
-        if self._saver.images == self.images or not self._is_sound():
-            return
-        with self._aside("save_stall"):
-            self._saver.save(self.images)
-        self._ledger.note(self.images)
 
     def _is_sound(self) -> bool:
         """Whether the last step was good, waiting for its figures."""

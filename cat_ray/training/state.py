@@ -29,7 +29,12 @@ class TrainingState:
     averages: Averages
 
 
-def make_state(config: Config, device: torch.device, checkpoint: Location | None) -> TrainingState:
+def make_state(
+    config: Config,
+    device: torch.device,
+    checkpoint: Location | None,
+    engine: type[Engine] = Engine,
+) -> TrainingState:
     """The state at the start of a run, or as a checkpoint holds it. Every worker must call this."""
     dtype = _autocast_dtype(config, device)
     torch.manual_seed(_initial_seed(config, 0))
@@ -49,13 +54,13 @@ def make_state(config: Config, device: torch.device, checkpoint: Location | None
         teacher = load_teacher(alignment.teacher, alignment.teacher_width).to(device)
     adversaries = Adversaries(
         config=config,
-        generator=Engine(
+        generator=engine(
             generator,
             config.optimisation.generator,
             config.optimisation,
             config.model.generator.dimensions().width,
         ),
-        discriminator=Engine(
+        discriminator=engine(
             discriminator,
             config.optimisation.discriminator,
             config.optimisation,

@@ -4,7 +4,7 @@ Figures and losses are sums over this worker's images divided by the global batc
 the workers they are the batch's mean, whatever the workers' shares.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,10 @@ from cat_ray.objective.augment import augment, augment_stages, move
 from cat_ray.objective.consistency import consistency
 from cat_ray.objective.penalty import finite_difference
 from cat_ray.objective.pyramid import real_pyramid, stage_pyramid
+from cat_ray.training.averaging import Averages
 from cat_ray.training.draws import StepDraws
 from cat_ray.training.engines import Engine
+from cat_ray.training.parts import part
 from cat_ray.training.reals import Reals
 
 Figures = dict[str, Tensor]
@@ -51,6 +53,37 @@ class Adversaries:
     teacher: Teacher | None = None
 
 
+def training_step(
+    adversaries: Adversaries, averages: Averages, micro_batches: Sequence[MicroBatch]
+) -> tuple[Figures, list[Tensor]]:
+    """Moves D, then G, then G's averages, by a worker's part of a batch.
+
+    Returns:
+        The step's figures, and each micro-batch's stage outputs `[K, n, c, R, R]`, detached.
+    """
+    generator, optimisation = adversaries.generator, adversaries.config.optimisation
+    # The fakes' graph is kept through the discriminator's step only where all are made at once.
+    reuse = optimisation.reuse_generator_forward and len(micro_batches) == 1
+
+    @part("G forward")
+    def made(micro_batch: MicroBatch) -> Tensor:
+        return generator(micro_batch.draws.latents, micro_batch.labels)
+
+    with torch.set_grad_enabled(reuse):
+        fakes = [made(each) for each in micro_batches]
+    figures = add_up(
+        discriminator_step(adversaries, each, outputs.detach())
+        for each, outputs in zip(micro_batches, fakes, strict=True)
+    )
+    figures |= add_up(
+        generator_step(adversaries, each, outputs if reuse else made(each))
+        for each, outputs in zip(micro_batches, fakes, strict=True)
+    )
+    averages.update()
+    return figures, [outputs.detach() for outputs in fakes]
+
+
+@part("D step")
 def discriminator_step(
     adversaries: Adversaries, micro_batch: MicroBatch, outputs: Tensor
 ) -> Figures:
@@ -81,7 +114,8 @@ def discriminator_step(
     ]
     judged_labels = torch.cat([labels, labels, labels[rows], labels[rows]])
     aligned_rows = len(images) if adversaries.teacher else 0
-    logits, projected = engine(judged, judged_labels, aligned_rows)
+    with part("D forward"):
+        logits, projected = engine(judged, judged_labels, aligned_rows)
     real_logits, fake_logits, near_real, near_fake = logits.split(
         [len(images), len(images), len(rows), len(rows)]
     )
@@ -109,6 +143,7 @@ def discriminator_step(
     return {name: value.detach() for name, value in figures.items()}
 
 
+@part("G step")
 def generator_step(adversaries: Adversaries, micro_batch: MicroBatch, outputs: Tensor) -> Figures:
     """Makes every stage win at its scale and agree with the final output; moves only G.
 
@@ -124,9 +159,10 @@ def generator_step(adversaries: Adversaries, micro_batch: MicroBatch, outputs: T
     # Frozen, and called as a bare module: no gradient reaches D, no hook of its engine fires.
     judge.requires_grad_(False)
     # Apart from the fakes: in one pass the way back would be gone through for the reals as well.
-    with torch.no_grad():
-        real_logits, _ = judge(real, labels)
-    fake_logits, _ = judge(fake, labels)
+    with part("D forward"):
+        with torch.no_grad():
+            real_logits, _ = judge(real, labels)
+        fake_logits, _ = judge(fake, labels)
     adversarial = generator_loss(real_logits, fake_logits).sum() / batch
     tied = objective.consistency
     with torch.set_grad_enabled(tied.weight > 0):

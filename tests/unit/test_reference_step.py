@@ -1,0 +1,56 @@
+"""The reference order's step is ours: the same gradients of both networks."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cat_ray.config import Config, parse
+from cat_ray.operations.plain_training import PlainEngine, plain_state
+from cat_ray.operations.reference_step import reference_step
+from cat_ray.operations.step_times import steps_on_random_data
+from cat_ray.training.steps import training_step
+
+CPU = torch.device("cpu")
+TOLERANCE = 1e-6
+
+
+def gradients_of(config: Config, step) -> dict[str, Tensor]:
+    """Of every parameter, in the first step; PyTorch only."""
+    state = plain_state(config, CPU)
+    found: dict[str, Tensor] = {}
+    for name in ("generator", "discriminator"):
+        engine = getattr(state.adversaries, name)
+        assert isinstance(engine, PlainEngine)
+        keep(name, engine.module, found)
+    lanes = range(config.optimisation.lanes)
+    steps_on_random_data(config, state, CPU, lanes, step)(0)
+    return found
+
+
+def keep(name: str, network: nn.Module, found: dict[str, Tensor]) -> None:
+    for key, parameter in network.named_parameters():
+
+        def note(held: Tensor, key: str = f"{name}.{key}") -> None:
+            assert held.grad is not None
+            found[key] = held.grad.clone()
+
+        parameter.register_post_accumulate_grad_hook(note)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_the_reference_order_has_the_gradients_of_our_step(tiny_job, share):
+    changes = (f"objective.penalty={{share: {share}, weight: 0.1}}", "optimisation.lanes=2")
+    config = parse(tiny_job, "job", changes)
+    assert config.penalised_per_lane() == math.ceil(8 * share)
+    ours, theirs = (gradients_of(config, step) for step in (training_step, reference_step))
+    assert ours.keys() == theirs.keys()
+    state = plain_state(config, CPU)
+    for name in ("generator", "discriminator"):
+        network = getattr(state.adversaries, name).module
+        keys = [f"{name}.{key}" for key, _ in network.named_parameters()]
+        mine, other = (torch.cat([g[key].flatten() for key in keys]) for g in (ours, theirs))
+        difference = float((mine - other).norm() / other.norm())
+        print(f"{name}, share {share}: relative difference {difference:.1e}")
+        assert difference < TOLERANCE
