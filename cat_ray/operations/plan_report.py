@@ -1,6 +1,5 @@
 """A plan as tables for people and as JSON for programs."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -33,8 +32,8 @@ def plan_tables(plan: Plan, config: Config) -> Iterator[RenderableType]:
         yield "everything fits"
 
 
-def to_json(plan: Plan) -> str:
-    """The plan in bytes, MAC, seconds and dollars."""
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """The plan in bytes, MAC, seconds and dollars, for JSON."""
     gpu = plan.assumptions.gpu
     values = asdict(plan)
     values["assumptions"]["gpu"] = gpu.model_dump(mode="json") if gpu else None
@@ -43,7 +42,7 @@ def to_json(plan: Plan) -> str:
     values["job"]["memory"]["total"] = plan.job.memory.total
     values["work"]["total"] = plan.work.total
     values["data"]["bytes_per_second"] = plan.data.bytes_per_second
-    return json.dumps(finite(values), indent=2)
+    return finite(values)
 
 
 def finite(values: Any) -> Any:
