@@ -547,6 +547,9 @@ def set_value(values: dict[str, Any], dotted: str, value: Any, told: str) -> Non
 def _explain(problem: dict[str, Any], kind: type[Section]) -> str:
     """One validation problem in a line; an unknown key comes with the nearest known one."""
     location = [str(part) for part in problem["loc"] if part != "ExplicitSize"]
+    if location[:1] == ["schedule"] and len(location) > 1:
+        within = {**problem, "loc": location[2:]}
+        return f"phase {int(location[1]) + 1} of schedule: {_explain(within, Phase)}"
     dotted = ".".join(location)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(

@@ -14,6 +14,7 @@ are copied; these two turn a token into its patch of p x p pixels and back.
     tell edges and their direction, which a mean over the patch would not.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -74,7 +75,10 @@ class Transfer:
 
     def told(self) -> Iterator[tuple[str, str, int, str]]:
         """Group, names, number of tensors, and rule; a line for tensors that belong together."""
-        rows = [(rule.group, _family(rule.tensor), rule.told) for rule in self.rules]
+        rows = [
+            (rule.group, _family(rule.tensor, rule.axis is not None), rule.told)
+            for rule in self.rules
+        ]
         rows += [("left out", _family(name), "the new network has none") for name in self.left_out]
         order = {row: place for place, row in enumerate(dict.fromkeys(rows))}
         for (group, names, told), same in groupby(sorted(rows, key=order.__getitem__)):
@@ -240,6 +244,8 @@ def _resized(name: str, shape: tuple[int, ...], axis: Axis | None) -> tuple[int,
     return (*shape[:at], pixels, *shape[at + 1 :])
 
 
-def _family(name: str) -> str:
+def _family(name: str, exact: bool = False) -> str:
+    if exact:
+        return re.sub(r"\.\d+\.", ".*.", name)
     first, dot, _ = name.partition(".")
     return f"{first}.*" if dot else first
