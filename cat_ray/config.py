@@ -23,11 +23,17 @@ REFERENCE_WIDTH = 768
 
 
 class Run(Section):
-    """Where a run lives, its seed and its length."""
+    """Where a run lives, its seed, its length, and what its networks begin as.
+
+    `initialise_from` is a checkpoint of another run, or that run's folder for its newest one: G, D
+    and the averages go on from it, images seen and the optimisers' moments begin anew. Unset, the
+    networks begin at random.
+    """
 
     folder: str
     total_images: int = Field(gt=0)
     seed: int = Field(default=0, ge=0)
+    initialise_from: str | None = None
 
 
 class Data(Section):
@@ -65,10 +71,19 @@ class ExplicitSize(Section):
 
 
 class Network(Section):
-    """A transformer's size (a name of the size table, or depth, width and heads) and patch."""
+    """A transformer's size (a name of the size table, or depth, width and heads) and its tokens.
+
+    Attributes:
+        patch: pixels on a side of a token.
+        position_grid: the grid whose tokens stand at whole positions, the network's own if unset.
+            Token i of a grid of g stands at (i + 1/2) * position_grid / g - 1/2 on each axis, for
+            the sine and cosine table and the rotary one alike. The discriminator's is that of its
+            finest scale, the coarser ones' are in proportion.
+    """
 
     size: Literal["S", "B", "M", "L", "XL", "H"] | ExplicitSize = "B"
     patch: int = Field(default=2, gt=0)
+    position_grid: int | None = Field(default=None, gt=0)
 
     def dimensions(self) -> Size:
         """Depth, width and heads."""
@@ -186,6 +201,9 @@ class Objective(Section):
     augment: Augment = Augment()
 
 
+Offload = Literal["none", "optimiser", "all"]
+
+
 class EngineSettings(Section):
     """One DeepSpeed engine: ZeRO stage and the learning rate at width 768.
 
@@ -199,7 +217,7 @@ class EngineSettings(Section):
     learning_rate: float = Field(default=2e-4, gt=0)
     width_aware: bool = True
     zero_stage: Literal[0, 1, 2, 3] = 1
-    offload: Literal["none", "optimiser", "all"] = "none"
+    offload: Offload = "none"
 
     def rate(self, width: int) -> float:
         """The learning rate of a network of this width."""
@@ -379,8 +397,18 @@ class Evaluation(Section):
     fid: BesideTraining | None = None
 
 
+class Phase(Section):
+    """A part of a job that is a run of its own: so many images, with other values by dotted key.
+
+    The keys of `set` mean what they mean to `--set`, and win over it.
+    """
+
+    images: int = Field(gt=0)
+    set: dict[str, Any] = Field(default={})
+
+
 class Config(Section):
-    """A training job."""
+    """A training job; with a `schedule`, what its phases have in common (cat_ray/schedule.py)."""
 
     run: Run
     data: Data
@@ -396,6 +424,7 @@ class Config(Section):
     cost: Cost = Cost()
     reporting: Reporting = Reporting()
     evaluation: Evaluation = Evaluation()
+    schedule: tuple[Phase, ...] = ()
 
     def stage_weights(self) -> tuple[float, ...]:
         """The consistency term's weight of each stage but the last."""
@@ -427,6 +456,12 @@ class Config(Section):
             raise ValueError(
                 f"evaluation.fid.every_images {beside.every_images} is less than "
                 f"checkpoints.save_every_images {save_every}: only checkpoints can be measured"
+            )
+        images = sum(phase.images for phase in self.schedule)
+        if self.schedule and images != self.run.total_images:
+            raise ValueError(
+                f"the phases of schedule have {images} images together, run.total_images is "
+                f"{self.run.total_images}: they must be the same"
             )
         if self.run.total_images % self.optimisation.batch_size:
             batch = self.optimisation.batch_size
@@ -475,10 +510,16 @@ def parse(text: str, name: str, overrides: Sequence[str] = (), kind: type[Job] =
     for override in overrides:
         _override(values, override)
     try:
-        return kind.model_validate(values)
+        job = kind.model_validate(values)
     except ValidationError as error:
         lines = [_explain(dict(problem), kind) for problem in error.errors()]
         raise BadInput(f"{name}: " + "; ".join(lines)) from error
+    if isinstance(job, Config) and job.schedule:
+        # Not above: a phase is a job itself.
+        from cat_ray.schedule import phases
+
+        phases(job, name)
+    return job
 
 
 def read_yaml(text: str, name: str) -> Any:
@@ -517,17 +558,30 @@ def _override(values: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     if not separator:
         raise BadInput(f"--set {override}: write it as section.key=value")
+    told = f"--set {override}"
+    set_value(values, dotted, read_yaml(text, told), told)
+
+
+def set_value(values: dict[str, Any], dotted: str, value: Any, told: str) -> None:
+    """Puts a value under a dotted key, in sections that are made if need be.
+
+    Raises:
+        BadInput: a part of the key is no section; `told` begins the message.
+    """
     *sections, last = dotted.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise BadInput(f"--set {override}: {section} is a value, not a section")
-    values[last] = read_yaml(text, f"--set {override}")
+            raise BadInput(f"{told}: {section} is a value, not a section")
+    values[last] = value
 
 
 def _explain(problem: dict[str, Any], kind: type[Section]) -> str:
     """One validation problem in a line; an unknown key comes with the nearest known one."""
     location = [str(part) for part in problem["loc"] if part != "ExplicitSize"]
+    if location[:1] == ["schedule"] and len(location) > 1:
+        within = {**problem, "loc": location[2:]}
+        return f"phase {int(location[1]) + 1} of schedule: {_explain(within, Phase)}"
     dotted = ".".join(location)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(

@@ -28,6 +28,7 @@ from cat_ray.config import Config, parse
 from cat_ray.errors import BadInput
 from cat_ray.model.build import build_generator
 from cat_ray.model.generator import Generator
+from cat_ray.schedule import check_has_no_phases
 from cat_ray.storage import Location
 
 READERS = 8
@@ -97,6 +98,7 @@ def resolve(place: Location) -> Location:
     """
     found = place if read_whole(place) is not None else newest(place)
     if found is None:
+        check_has_no_phases(place)
         raise BadInput(f"{place.uri} is neither a complete checkpoint nor a run that has one")
     return found
 

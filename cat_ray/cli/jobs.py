@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cat_ray.cli.shell import AsJson, Job, Overrides, app, speaking_plainly
+from cat_ray.cli.shell import (
+    AsJson,
+    InitialiseFrom,
+    Job,
+    Overrides,
+    app,
+    speaking_plainly,
+    with_beginning,
+)
 from cat_ray.errors import BadInput
 
 Address = Annotated[
@@ -22,6 +30,7 @@ def submit(
     job: Job,
     address: Address,
     overrides: Overrides = None,
+    initialise_from: InitialiseFrom = None,
     follow: Annotated[
         bool, typer.Option("--follow", help="Show the log; end with the job's exit code.")
     ] = False,
@@ -47,7 +56,7 @@ def submit(
 
         if not follow and (retries or retry_failures):
             raise BadInput("--retries needs --follow: who follows a job starts it again")
-        submission = read_submission(job, overrides or (), run_name)
+        submission = read_submission(job, with_beginning(overrides, initialise_from), run_name)
         from cat_ray.submission.attempt import how_to_go_on, packed, start
         from cat_ray.submission.follow import follow_with_retries
         from cat_ray.submission.server import JobServer

@@ -7,7 +7,17 @@ import typer
 from rich.console import Console
 
 from cat_ray import config as configuration
-from cat_ray.cli.shell import AsJson, Endpoint, Job, Overrides, app, speaking_plainly
+from cat_ray.cli.shell import (
+    AsJson,
+    Endpoint,
+    InitialiseFrom,
+    Job,
+    Overrides,
+    app,
+    speaking_plainly,
+    with_beginning,
+)
+from cat_ray.schedule import check_has_no_schedule
 from cat_ray.storage import locate
 
 COLUMNS = 100
@@ -18,6 +28,7 @@ GPU_HELP = "A type of operations/gpus.yaml, or cpu; H100 unless the job's worker
 def plan(
     job: Job,
     overrides: Overrides = None,
+    initialise_from: InitialiseFrom = None,
     gpu: Annotated[str | None, typer.Option(help=GPU_HELP)] = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, help="How many; workers.maximum of the job if unset.")
@@ -64,10 +75,10 @@ def plan(
 ) -> None:
     """Tell what a job needs and costs: memory, time, money, storage, saves, what won't fit."""
     with speaking_plainly():
-        config = configuration.load(job, overrides or ())
+        config = configuration.load(job, with_beginning(overrides, initialise_from))
         from cat_ray.operations.gpus import find_gpu
         from cat_ray.operations.plan import Assumptions, make_plan
-        from cat_ray.operations.plan_report import plan_tables, to_json
+        from cat_ray.operations.plan_job import plan_job, planned_tables, planned_to_json
         from cat_ray.operations.recovery import Measured, RecoveryTimes, measured_by
         from cat_ray.operations.replay_job import SIZES, cases_to_json, replay_job, replay_tables
         from cat_ray.operations.save_size import Rates
@@ -83,16 +94,18 @@ def plan(
             rates=Rates(upload=upload * 1e6, restore=download * 1e6),
         )
         read = read_trace(trace) if trace else None
-        planned = make_plan(config, assumptions)
         # Narrower, a table's last digits would be cut.
         console = Console(width=max(COLUMNS, Console().width))
         if read is None:
+            runs = plan_job(config, assumptions)
             if as_json:
-                typer.echo(to_json(planned))
+                typer.echo(planned_to_json(runs))
             else:
-                for table in plan_tables(planned, config):
+                for table in planned_tables(runs):
                     console.print(table)
             return
+        check_has_no_schedule(config, "--replay")
+        planned = make_plan(config, assumptions)
         measured = Measured(RecoveryTimes(), None, None)
         if measured_run:
             measured = measured_by(locate(measured_run, endpoint_url))

@@ -11,25 +11,27 @@ from cat_ray.cli.shell import (
     AsJson,
     Checkpoint,
     Endpoint,
+    InitialiseFrom,
     Job,
     Overrides,
     RunFolder,
     app,
     existing_run,
     speaking_plainly,
+    with_beginning,
 )
 from cat_ray.errors import BadInput
 from cat_ray.storage import locate
 
 
 @app.command()
-def train(job: Job, overrides: Overrides = None) -> None:
+def train(job: Job, overrides: Overrides = None, initialise_from: InitialiseFrom = None) -> None:
     """Train a job; the same command again continues it where it stopped."""
     with speaking_plainly():
-        config = configuration.load(job, overrides or ())
-        from cat_ray.training.driver import train as run_job
+        config = configuration.load(job, with_beginning(overrides, initialise_from))
+        from cat_ray.training.phases import train_job
 
-        report = run_job(config)
+        report = train_job(config)
         typer.echo(f"report: {report.uri}")
 
 

@@ -1,6 +1,7 @@
 """What all commands share: the application, common arguments, and how mistakes are told."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from typing import Annotated
@@ -30,12 +31,25 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Overrides a value, as in run.seed=1."),
 ]
+InitialiseFrom = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CHECKPOINT",
+        help="Begin with the weights of a checkpoint, or of a run's newest; run.initialise_from.",
+    ),
+]
 Checkpoint = Annotated[
     str,
     typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or a run's for its newest."),
 ]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
+
+
+def with_beginning(overrides: list[str] | None, initialise_from: str | None) -> list[str]:
+    """The overrides, and `--initialise-from` as one of them."""
+    own = [f"run.initialise_from={json.dumps(initialise_from)}"] if initialise_from else []
+    return [*(overrides or ()), *own]
 
 
 def existing_run(place: Location) -> Location:
@@ -45,8 +59,10 @@ def existing_run(place: Location) -> Location:
         BadInput: it is no run's folder.
     """
     from cat_ray.operations.identity import CONFIG_NAME
+    from cat_ray.schedule import check_has_no_phases
 
     if not (place / CONFIG_NAME).exists():
+        check_has_no_phases(place)
         raise BadInput(f"{place.uri} is no run folder: it has no {CONFIG_NAME}")
     return place
 

@@ -162,12 +162,14 @@ def check_shards(index: Index, folder: Location) -> None:
 def check_fits(index: Index, resolution: int, channels: int, num_classes: int) -> None:
     """Compares what the shards hold with what is to be read from them.
 
-    Images of various sizes are cropped to any side.
+    Images of various sizes are cropped to any side, and square ones reduced to any smaller side.
 
     Raises:
         BadInput: other shape, or a class id outside `num_classes`.
     """
-    if (index.resolution or resolution, index.channels) != (resolution, channels):
+    reduced = index.contents == "images" and (index.resolution or resolution) > resolution
+    side = resolution if reduced else index.resolution or resolution
+    if (side, index.channels) != (resolution, channels):
         raise BadInput(
             f"the shards hold {index.channels} x {index.resolution} x {index.resolution} "
             f"{index.contents}, model.channels and model.resolution ask for {channels} and "

@@ -30,7 +30,7 @@ class Reading:
         contents: what they hold.
         resolution: the side wanted, of images in pixels; that of latents is what it is.
         channels: of an image or a latent.
-        crop: images of any size are cropped to the side wanted; else they must have it.
+        crop: images of any size are scaled and cropped to the side wanted; else they must have it.
         num_classes: class ids must be below this.
         scaling_factor: what latents are multiplied by before the networks see them.
         retry_seconds: how long to ask a storage that is down.

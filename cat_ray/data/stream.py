@@ -232,12 +232,13 @@ def reading_of(config: Config, index: Index, folder: Location) -> Reading:
     """How a job reads its shards: latents, images, or images that the VAE is to encode."""
     data, model = config.data, config.model
     encode = index.contents == "images" and config.latents.vae is not None
+    side = model.resolution * (REDUCTION if encode else 1)
     return Reading(
         folder=folder,
         contents=index.contents,
-        resolution=model.resolution * (REDUCTION if encode else 1),
+        resolution=side,
         channels=IMAGE_CHANNELS if encode else model.channels,
-        crop=index.resolution is None,
+        crop=index.resolution != side,
         num_classes=data.num_classes,
         scaling_factor=index.made_with.get("scaling_factor", 1.0),
         retry_seconds=config.storage.retry_seconds,

@@ -125,7 +125,7 @@ def _real_images(
         contents=index.contents,
         resolution=side,
         channels=channels,
-        crop=index.resolution is None,
+        crop=index.resolution != side,
         num_classes=config.data.num_classes,
         retry_seconds=job.storage.retry_seconds,
     )

@@ -20,6 +20,7 @@ def build_generator(config: Config, autocast_dtype: torch.dtype | None = None) -
             stages=model.stages,
             latent_width=model.generator.latent_width,
             mapping_lr_multiplier=model.generator.mapping_lr_multiplier,
+            position_grid=model.generator.position_grid,
             activation_checkpointing=config.optimisation.activation_checkpointing,
             autocast_dtype=autocast_dtype,
         )
@@ -40,6 +41,7 @@ def build_discriminator(config: Config, autocast_dtype: torch.dtype | None = Non
             class_lr_multiplier=model.discriminator.class_lr_multiplier,
             scope=model.discriminator.scope,
             teacher_width=alignment.teacher_width if alignment.weight else None,
+            position_grid=model.discriminator.position_grid,
             activation_checkpointing=config.optimisation.activation_checkpointing,
             autocast_dtype=autocast_dtype,
         )

@@ -44,6 +44,7 @@ class DiscriminatorShape:
     class_lr_multiplier: float = 0.01
     scope: Scope = "scale_wise"
     teacher_width: int | None = None
+    position_grid: int | None = None
     activation_checkpointing: bool = False
     autocast_dtype: torch.dtype | None = None
 
@@ -115,10 +116,12 @@ class Discriminator(nn.Module):
 
         # A scale's sequence is its CLS token and then its patches; CLS has no position.
         self.lengths = [1 + grid * grid for grid in grids]
-        tables = [position_table(grid, width) for grid in grids]
+        # Of the finest scale; in proportion, that of every scale.
+        spacing = (shape.position_grid or grids[-1]) / grids[-1]
+        tables = [position_table(grid, width, spacing) for grid in grids]
         positions = torch.cat([F.pad(table, (0, 0, 1, 0)) for table in tables])
         self.register_buffer("positions", positions, persistent=False)
-        rotary = [rotary_table(grid, width // shape.size.heads) for grid in grids]
+        rotary = [rotary_table(grid, width // shape.size.heads, spacing) for grid in grids]
         cosines = torch.cat([F.pad(cosine, (0, 0, 1, 0), value=1.0) for cosine, _ in rotary])
         sines = torch.cat([F.pad(sine, (0, 0, 1, 0)) for _, sine in rotary])
         self.register_buffer("cosines", cosines, persistent=False)

@@ -29,7 +29,7 @@ MODULATION_GAIN = 0.1
 
 @dataclass(frozen=True)
 class GeneratorShape:
-    """Everything that fixes the generator's parameters."""
+    """Everything that fixes the generator's parameters and its tokens' positions."""
 
     size: Size
     patch: int
@@ -39,6 +39,7 @@ class GeneratorShape:
     stages: int = 4
     latent_width: int = 64
     mapping_lr_multiplier: float = 0.01
+    position_grid: int | None = None
     activation_checkpointing: bool = False
     autocast_dtype: torch.dtype | None = None
 
@@ -112,8 +113,10 @@ class Generator(nn.Module):
         self.heads = nn.ModuleList(
             StageHead(size.width, shape.patch, shape.channels) for _ in range(shape.stages)
         )
-        self.register_buffer("positions", position_table(grid, size.width), persistent=False)
-        cosines, sines = rotary_table(grid, size.width // size.heads)
+        spacing = (shape.position_grid or grid) / grid
+        positions = position_table(grid, size.width, spacing)
+        self.register_buffer("positions", positions, persistent=False)
+        cosines, sines = rotary_table(grid, size.width // size.heads, spacing)
         self.register_buffer("cosines", cosines, persistent=False)
         self.register_buffer("sines", sines, persistent=False)
 

@@ -53,28 +53,38 @@ class EqualLinear(nn.Module):
         return F.linear(x, self.weight * self.lr_multiplier, self.bias * self.lr_multiplier)
 
 
-def position_table(grid: int, width: int) -> Tensor:
+def token_places(grid: int, spacing: float = 1.0) -> Tensor:
+    """Where the tokens of a grid stand on each axis, `[grid]` in fp64.
+
+    Token i stands at (i + 1/2) * spacing - 1/2: with a spacing of 1 at the integers 0..grid-1, and
+    with a smaller one at the centre of its part of a coarser grid's tokens, which stand at those.
+    """
+    return (torch.arange(grid, dtype=torch.float64) + 0.5) * spacing - 0.5
+
+
+def position_table(grid: int, width: int, spacing: float = 1.0) -> Tensor:
     """Fixed two-dimensional sine and cosine positions, `[grid * grid, width]`.
 
-    The first half of the width encodes the row, the second half the column.
+    The first half of the width encodes the row, the second half the column; `spacing` is that of
+    `token_places`.
     """
     quarter = width // 4
     frequencies = 1.0 / ROPE_THETA ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    angles = token_places(grid, spacing)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)
     rows = axis[:, None].expand(grid, grid, 2 * quarter)
     columns = axis[None, :].expand(grid, grid, 2 * quarter)
     return torch.cat([rows, columns], dim=2).reshape(grid * grid, width).float()
 
 
-def rotary_table(grid: int, head_width: int) -> tuple[Tensor, Tensor]:
+def rotary_table(grid: int, head_width: int, spacing: float = 1.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines of two-dimensional rotary positions, each `[grid * grid, head_width / 2]`.
 
-    Half of the head turns with the row, half with the column, at integer positions 0..grid-1.
+    Half of the head turns with the row, half with the column; `spacing` is that of `token_places`.
     """
     quarter = head_width // 4
     frequencies = 1.0 / ROPE_THETA ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    axis = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    axis = token_places(grid, spacing)[:, None] * frequencies
     rows = axis[:, None].expand(grid, grid, quarter)
     columns = axis[None, :].expand(grid, grid, quarter)
     angles = torch.cat([rows, columns], dim=2).reshape(grid * grid, 2 * quarter)

@@ -1,5 +1,6 @@
 """Whose run a folder is: a run goes on only under the configuration that it began with."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from cat_ray.config import Config, dump, flatten, parse
@@ -42,7 +43,7 @@ FREE = (
 
 def differences(a: Config, b: Config) -> list[str]:
     """The keys, with both values, in which two configurations compute different things."""
-    first, second = flatten(a), flatten(b)
+    first, second = (_comparable(config) for config in (a, b))
     return [
         f"{name} is {_show(first.get(name))} there, {_show(second.get(name))} here"
         for name in sorted(first.keys() | second.keys())
@@ -58,19 +59,34 @@ def claim(run: Location, config: Config, data_digest: str) -> None:
     """
     place = run / CONFIG_NAME
     if place.exists():
-        changed = differences(parse(place.read().decode(), place.uri), config)
         known = (run / DATA_NAME).read().decode() if (run / DATA_NAME).exists() else data_digest
-        if known != data_digest:
-            changed.append("the shards hold other samples")
-        if changed:
-            raise BadInput(
-                f"{run.uri} belongs to another configuration ({'; '.join(changed)}): "
-                "choose another run.folder, or restore these values"
-            )
+        check_same(run, config, ["the shards hold other samples"] * (known != data_digest))
     elif run.sizes() or run.folders():
         raise BadInput(f"{run.uri} isn't empty and holds no run: choose another run.folder")
     place.write(dump(config).encode())
     (run / DATA_NAME).write(data_digest.encode())
+
+
+def check_same(run: Location, config: Config, others: Sequence[str] = ()) -> None:
+    """Makes sure that a run's folder is of this configuration.
+
+    Raises:
+        BadInput: it is not, or there are `others`, differences found before.
+    """
+    place = run / CONFIG_NAME
+    changed = [*differences(parse(place.read().decode(), place.uri), config), *others]
+    if changed:
+        raise BadInput(
+            f"{run.uri} belongs to another configuration ({'; '.join(changed)}): "
+            "choose another run.folder, or restore these values"
+        )
+
+
+def _comparable(config: Config) -> dict[str, Any]:
+    # A run that began with other weights is another run; but the checkpoint that has them may lie
+    # elsewhere by now, as shards and run may: by its name it is known.
+    flat, key = flatten(config), "run.initialise_from"
+    return flat | {key: flat[key] and flat[key].rstrip("/").rsplit("/", 1)[-1]}
 
 
 def _is_free(name: str) -> bool:

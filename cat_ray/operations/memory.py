@@ -6,14 +6,13 @@ makes them with our settings (`runtime/zero/stage_1_and_2.py`, `stage3.py`).
 
 from dataclasses import dataclass
 
-from cat_ray.config import Config
+from cat_ray.config import Config, Offload
 from cat_ray.operations.activations import Networks
 from cat_ray.operations.save_size import FLOAT_BYTES, checkpoint_elements
+from cat_ray.training.engines import BUCKET_ELEMENTS, PARTITIONED
 
 MOMENTS = 2
-PARTITIONED = 3
-# DeepSpeed's default reduce_bucket_size and stage3_max_live_parameters, in elements.
-BUCKET_ELEMENTS = 500_000_000
+# DeepSpeed's default of stage3_max_live_parameters, in elements.
 LIVE_ELEMENTS = 1_000_000_000
 # DINOv2 ViT-B/14 has 86.6 million parameters (arXiv 2304.07193); others grow with the width squared
 # and the depth.
@@ -43,6 +42,7 @@ class WorkerMemory:
         activations: of a step's graphs.
         frozen: DINOv2 and the VAE.
         base: the process: on a GPU its context, on the CPU everything that is imported.
+        offloaded: of the host's memory, where the job keeps some of the GPU's there.
     """
 
     weights: int
@@ -53,11 +53,12 @@ class WorkerMemory:
     activations: int
     frozen: int
     base: int
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
-        """All together."""
-        return sum(vars(self).values())
+        """All together, without what is offloaded."""
+        return sum(vars(self).values()) - self.offloaded
 
 
 def before_sharding(parameters: int) -> int:
@@ -72,6 +73,7 @@ def worker_memory(
     stages: tuple[int, int],
     checkpointing: bool,
     gpu: bool,
+    offloads: tuple[Offload, Offload] = ("none", "none"),
 ) -> WorkerMemory:
     """The memory of one of so many workers.
 
@@ -81,13 +83,17 @@ def worker_memory(
         workers: the group's size.
         stages: ZeRO stages of the generator's and the discriminator's engine.
         checkpointing: of activations.
-        gpu: whether it is a GPU's memory, or a process's on the CPU.
+        gpu: whether it is a GPU's memory, or a process's on the CPU, where nothing is offloaded.
+        offloads: of the two engines.
     """
     counts = (networks.generator.parameters, networks.discriminator.parameters)
     engines = [
-        _engine(count, stage, workers, gpu) for count, stage in zip(counts, stages, strict=True)
+        _engine(count, stage, workers, gpu, offload if gpu else "none")
+        for count, stage, offload in zip(counts, stages, offloads, strict=True)
     ]
-    weights, gradients, moments, buffers = (sum(each) for each in zip(*engines, strict=True))
+    weights, gradients, moments, buffers, offloaded = (
+        sum(each) for each in zip(*engines, strict=True)
+    )
     generator, sharded = counts[0], stages[0] == PARTITIONED
     each_average = FLOAT_BYTES * (_share(generator, workers) if sharded else generator)
     if not gpu:
@@ -110,25 +116,36 @@ def worker_memory(
         activations=networks.activations(checkpointing).peak(reuse),
         frozen=frozen,
         base=GPU_BASE_BYTES if gpu else CPU_BASE_BYTES,
+        offloaded=offloaded,
     )
 
 
-def _engine(parameters: int, stage: int, workers: int, gpu: bool) -> tuple[int, int, int, int]:
-    """Bytes of weights, gradients, moments and buffers of one engine.
+def _engine(
+    parameters: int, stage: int, workers: int, gpu: bool, offload: Offload
+) -> tuple[int, int, int, int, int]:
+    """Bytes of weights, gradients, moments and buffers of one engine, and of what is offloaded.
 
-    A bucket is allocated whole for gradients on their way; on the CPU only the part that is used
-    takes memory, which under ZeRO 0 and 1 is the gradients themselves.
+    Two buckets are allocated whole, one for gradients on their way and one that is filled; on the
+    CPU only the part that is used takes memory, which under ZeRO 0 and 1 is the gradients
+    themselves. The optimiser's masters, moments and this worker's gradients are offloaded together.
     """
     whole, part = FLOAT_BYTES * parameters, FLOAT_BYTES * _share(parameters, workers)
-    bucket = FLOAT_BYTES * (BUCKET_ELEMENTS if gpu else min(parameters, BUCKET_ELEMENTS))
+    bucket = FLOAT_BYTES * (2 * BUCKET_ELEMENTS if gpu else min(parameters, BUCKET_ELEMENTS))
     if stage == 0:
-        return whole, whole, MOMENTS * whole, 0
-    if stage == 1:
-        return whole + part, whole + part, MOMENTS * part, bucket if gpu else 0
-    if stage < PARTITIONED:
-        return whole + part, part, MOMENTS * part, bucket
-    gathered = FLOAT_BYTES * min(parameters, LIVE_ELEMENTS)
-    return 2 * part, part, MOMENTS * part, bucket + gathered
+        return whole, whole, MOMENTS * whole, 0, 0
+    gathered = 0
+    if stage == PARTITIONED:
+        gathered, whole = FLOAT_BYTES * min(parameters, LIVE_ELEMENTS), part
+    # Under ZeRO 1 all gradients are there, and this worker's again in fp32 for the step.
+    gradients = whole if stage == 1 else 0
+    if stage == 1 and not gpu:
+        bucket = 0
+    if offload == "none":
+        return whole + part, gradients + part, MOMENTS * part, bucket + gathered, 0
+    offloaded = (2 + MOMENTS) * part
+    if offload == "optimiser":
+        return whole, gradients, 0, bucket + gathered, offloaded
+    return 0, gradients, 0, bucket + gathered, offloaded + part
 
 
 def _share(elements: int, workers: int) -> int:

@@ -7,10 +7,13 @@ can't reach the run's folder reads in the log which checkpoint a run stopped wit
 import json
 import re
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from cat_ray.checkpoint.retain import images_of
+from cat_ray.errors import BadInput, RunFailed, Unfinished
 from cat_ray.storage import Location
 
 OUTCOME = "outcome.json"
@@ -47,6 +50,24 @@ def write_outcome(run: Location, outcome: End, images: int, message: str = "") -
     """Writes the file anew."""
     ended = Outcome(outcome, images, message, EXIT_CODES[outcome], time.time())
     (run / OUTCOME).write(json.dumps(asdict(ended), indent=1).encode())
+
+
+@contextmanager
+def outcome_written(run: Location, images: Callable[[], int]) -> Iterator[None]:
+    """Writes how the block ended; `images` tells how many the newest checkpoint has seen."""
+    forget_outcome(run)
+    try:
+        yield
+    except BadInput as error:
+        write_outcome(run, "bad input", images(), str(error))
+        raise
+    except Unfinished as error:
+        write_outcome(run, "unfinished", images(), str(error))
+        raise
+    except RunFailed as error:
+        write_outcome(run, "failed", images(), str(error))
+        raise
+    write_outcome(run, "finished", images())
 
 
 def stopped_with(checkpoint: Location | None) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cat_ray.config import Config
+from cat_ray.config import Config, Offload
 from cat_ray.operations.activations import Networks, count_networks, rows_of
 from cat_ray.operations.data_need import DataNeed, data_need
 from cat_ray.operations.gpus import Gpu
@@ -27,6 +27,7 @@ from cat_ray.operations.save_size import (
 from cat_ray.operations.work import Work, images_per_gpu_second, work_of
 
 ZERO_STAGES = (0, 1, 2, 3)
+OFFLOADED: tuple[tuple[int, Offload], ...] = ((1, "optimiser"), (3, "all"))
 NOTICE_SECONDS = {"AWS": 120.0, "GCP and Azure": 30.0}
 IDLE_LANES_TOLD = 0.02
 
@@ -61,12 +62,14 @@ class Assumptions:
 class Setting:
     """A way to hold a job in memory, and what that takes.
 
-    `memory` is of one worker; `zero_stages` are the generator's and the discriminator's.
+    `memory` is of one worker; `zero_stages` and `offloads` are the generator's and the
+    discriminator's.
     """
 
     zero_stages: tuple[int, int]
     checkpointing: bool
     memory: WorkerMemory
+    offloads: tuple[Offload, Offload] = ("none", "none")
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class Plan:
         before_sharding: bytes of weights, gradients and moments of G and of D.
         averages: bytes of the generator's averages.
         job: the job's own setting.
-        settings: every ZeRO stage with and without activation checkpointing.
+        settings: every ZeRO stage with and without activation checkpointing, and on a GPU with
+            the optimiser, or all, offloaded.
         work: operations for each image.
         images_per_second: of all workers; None on the CPU, where nothing is known of its speed.
         hours: of the whole run.
@@ -143,15 +147,25 @@ def make_plan(config: Config, assumptions: Assumptions) -> Plan:
     dtype = torch.bfloat16 if bf16 else None
     networks = count_networks(config, rows_of(config, workers), dtype)
 
-    def setting(stages: tuple[int, int], checkpointing: bool) -> Setting:
-        memory = worker_memory(config, networks, workers, stages, checkpointing, gpu is not None)
-        return Setting(stages, checkpointing, memory)
+    def setting(
+        stages: tuple[int, int], checkpointing: bool, offloads: tuple[Offload, Offload]
+    ) -> Setting:
+        on_gpu = gpu is not None
+        memory = worker_memory(config, networks, workers, stages, checkpointing, on_gpu, offloads)
+        return Setting(stages, checkpointing, memory, offloads)
 
-    stages = (optimisation.generator.zero_stage, optimisation.discriminator.zero_stage)
-    job = setting(stages, optimisation.activation_checkpointing)
+    engines = optimisation.generator, optimisation.discriminator
+    job = setting(
+        (engines[0].zero_stage, engines[1].zero_stage),
+        optimisation.activation_checkpointing,
+        (engines[0].offload, engines[1].offload),
+    )
+    ways: list[tuple[int, Offload]] = [(stage, "none") for stage in ZERO_STAGES]
+    if gpu is not None:
+        ways += OFFLOADED
     settings = tuple(
-        setting((stage, stage), checkpointing)
-        for stage in ZERO_STAGES
+        setting((stage, stage), checkpointing, (offload, offload))
+        for stage, offload in ways
         for checkpointing in (False, True)
     )
     rate = hours = None
@@ -292,19 +306,28 @@ def _idle_share(lanes: int, workers: int) -> float:
 
 def _remedy(job: Setting, settings: tuple[Setting, ...], usable: float) -> str:
     """The setting nearest to the job's that fits; checkpointing, which costs time, if needed."""
-    fitting = [s for s in settings if s.memory.total <= usable and s.checkpointing]
-    free = [s for s in settings if s.memory.total <= usable and not s.checkpointing]
+    fitting = [each for each in settings if each.memory.total <= usable]
+    held = [each for each in fitting if each.offloads[0] == "none"]
+    free = [each for each in held if not each.checkpointing]
     if free:
         stage = free[0].zero_stages[0]
         return f"set optimisation.generator.zero_stage and .discriminator.zero_stage to {stage}"
-    same = [s for s in fitting if s.zero_stages[0] == max(job.zero_stages)]
+    same = [each for each in held if each.zero_stages[0] == max(job.zero_stages)]
     if same and not job.checkpointing:
         total = same[0].memory.total / 1e9
         return f"set optimisation.activation_checkpointing to true ({total:.0f} GB)"
-    if fitting:
-        stage = fitting[0].zero_stages[0]
+    if held:
         return (
             "set optimisation.activation_checkpointing to true and both zero_stage to "
-            f"{stage} ({fitting[0].memory.total / 1e9:.0f} GB)"
+            f"{held[0].zero_stages[0]} ({held[0].memory.total / 1e9:.0f} GB)"
+        )
+    if fitting:
+        least = fitting[0]
+        checkpointing = "true" if least.checkpointing else "false"
+        return (
+            f"set optimisation.activation_checkpointing to {checkpointing}, both zero_stage to "
+            f"{least.zero_stages[0]} and both offload to {least.offloads[0]} "
+            f"({least.memory.total / 1e9:.0f} GB, and {least.memory.offloaded / 1e9:.0f} GB of the "
+            "host's memory for each GPU)"
         )
     return "no setting fits: use more GPUs, a smaller optimisation.batch_size, or a larger GPU"

@@ -1,6 +1,5 @@
 """A plan as tables for people and as JSON for programs."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -33,8 +32,8 @@ def plan_tables(plan: Plan, config: Config) -> Iterator[RenderableType]:
         yield "everything fits"
 
 
-def to_json(plan: Plan) -> str:
-    """The plan in bytes, MAC, seconds and dollars."""
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """The plan in bytes, MAC, seconds and dollars, for JSON."""
     gpu = plan.assumptions.gpu
     values = asdict(plan)
     values["assumptions"]["gpu"] = gpu.model_dump(mode="json") if gpu else None
@@ -43,7 +42,7 @@ def to_json(plan: Plan) -> str:
     values["job"]["memory"]["total"] = plan.job.memory.total
     values["work"]["total"] = plan.work.total
     values["data"]["bytes_per_second"] = plan.data.bytes_per_second
-    return json.dumps(finite(values), indent=2)
+    return finite(values)
 
 
 def finite(values: Any) -> Any:
@@ -118,6 +117,10 @@ def _told_price(price: Price) -> str:
     return rate if price.total is None else f"${price.total:,.0f}, {rate}"
 
 
+# By what is offloaded, with the ZeRO stage.
+OFFLOADED_NAMES = {"none": "{}", "optimiser": "{}-", "all": "{}--"}
+
+
 def _memory(plan: Plan) -> Table:
     gpu = plan.assumptions.gpu
     unit, name = (GIGA, "GB") if plan.job.memory.total >= GIGA else (1e6, "MB")
@@ -129,24 +132,26 @@ def _memory(plan: Plan) -> Table:
     table = Table("ZeRO", "blocks", title=title, title_justify="left")
     for part in (*PARTS, "total"):
         table.add_column(SHORT.get(part, part), justify="right", no_wrap=True)
-    own = plan.job.zero_stages
+    own = (plan.job.zero_stages, plan.job.offloads, plan.job.checkpointing)
     for setting in plan.settings:
         told = "again" if setting.checkpointing else "kept"
         fits = gpu is None or setting.memory.total <= usable_bytes(gpu)
         colour = "" if fits else "[red]"
-        this = own == setting.zero_stages and plan.job.checkpointing == setting.checkpointing
-        mark = " *" if this else ""
-        table.add_row(
-            f"{setting.zero_stages[0]}{mark}", told, *_sizes(setting.memory, colour, unit)
-        )
-    if own[0] != own[1]:
+        mark = " *" if (setting.zero_stages, setting.offloads, setting.checkpointing) == own else ""
+        name = OFFLOADED_NAMES[setting.offloads[0]].format(setting.zero_stages[0])
+        table.add_row(f"{name}{mark}", told, *_sizes(setting.memory, colour, unit))
+    if own not in [(s.zero_stages, s.offloads, s.checkpointing) for s in plan.settings]:
         told = "again" if plan.job.checkpointing else "kept"
         fits = gpu is None or plan.job.memory.total <= usable_bytes(gpu)
         sizes = _sizes(plan.job.memory, "" if fits else "[red]", unit)
-        table.add_row(f"{own[0]}/{own[1]} *", told, *sizes)
+        names = [
+            OFFLOADED_NAMES[offload].format(stage) for stage, offload in zip(*own[:2], strict=True)
+        ]
+        table.add_row(f"{'/'.join(dict.fromkeys(names))} *", told, *sizes)
     table.caption = (
         "* the job. again: blocks are computed again, optimisation.activation_checkpointing. "
-        "EMA: averages. red: does not fit"
+        "EMA: averages. red: does not fit. 1-: the optimiser's state is in the host's memory, "
+        "3--: all is, offload"
     )
     table.caption_justify = "left"
     return table

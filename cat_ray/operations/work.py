@@ -18,6 +18,8 @@ TEACHER_PATCHES, TEACHER_PATCH_VALUES = 16 * 16, 14 * 14 * 3
 # FlopCounterMode on the encoder of diffusers' AutoencoderKL with Stable Diffusion's configuration,
 # for a picture of 256 x 256 (25 November 2026).
 ENCODER_MACS, ENCODER_SIDE = 136.36e9, 256
+# Of these, the attention of its 32 x 32 places, 512 wide: it grows with their square.
+ENCODER_ATTENTION_MACS = 2 * 32**4 * 512
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,6 @@ def work_of(config: Config) -> Work:
     if optimisation.activation_checkpointing:
         recompute = g.blocks + (judged + penalised + judged_again) * d.blocks
     encoded = config.latents.vae is not None
-    side = REDUCTION * config.model.resolution
     return Work(
         generator=generator_forwards * g.forward + g.backward,
         discriminator_step=judged * (d.forward + d.backward) + 3 * projector_macs(config),
@@ -151,8 +152,13 @@ def work_of(config: Config) -> Work:
         generator_step=d.forward + judged_again * (d.forward + d.backward_frozen),
         recompute=recompute,
         teacher=teacher_macs(alignment.teacher_width) if alignment.weight else 0.0,
-        encoder=ENCODER_MACS * (side / ENCODER_SIDE) ** 2 if encoded else 0.0,
+        encoder=_encoder_macs(REDUCTION * config.model.resolution) if encoded else 0.0,
     )
+
+
+def _encoder_macs(side: int) -> float:
+    area = (side / ENCODER_SIDE) ** 2
+    return (ENCODER_MACS - ENCODER_ATTENTION_MACS) * area + ENCODER_ATTENTION_MACS * area**2
 
 
 def images_per_gpu_second(config: Config, peak_teraflops: float, utilisation: float) -> float:

@@ -24,7 +24,7 @@ KINDS: dict[str, type[Section]] = {
 }
 # What a command reads and writes, the folder that it writes to first.
 PLACES = {
-    "train": ("run.folder", "data.shards"),
+    "train": ("run.folder", "data.shards", "run.initialise_from"),
     "sample": ("output.folder", "samples.checkpoint"),
     "fid": ("output.folder", "samples.checkpoint", "reference"),
     "prepare": ("output.folder", "source.uri"),

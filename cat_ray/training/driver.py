@@ -13,7 +13,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cat_ray.checkpoint.layout import FOLDER
 from cat_ray.checkpoint.read import any_committed, newest, newest_sound, read_state
-from cat_ray.checkpoint.retain import images_of
+from cat_ray.checkpoint.retain import images_of, lease
 from cat_ray.checkpoint.write import commit_if_whole
 from cat_ray.config import Config, dump
 from cat_ray.connection import connected
@@ -30,11 +30,13 @@ from cat_ray.data.stream import (
 )
 from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished, last_line
 from cat_ray.operations.identity import claim
-from cat_ray.operations.outcome import forget_outcome, stopped_with, write_outcome
+from cat_ray.operations.outcome import outcome_written, stopped_with
 from cat_ray.operations.progress import Progress
 from cat_ray.operations.prometheus import Exported
+from cat_ray.schedule import check_has_no_schedule
 from cat_ray.storage import Location, locate
 from cat_ray.training import elasticity
+from cat_ray.training.beginning import pinned, rules
 from cat_ray.training.elasticity import (
     ElasticTrainer,
     GroupClock,
@@ -68,14 +70,17 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
         Unfinished: the run was stopped, or its machines were taken away; it can go on.
         RunFailed: training failed more often than the configuration allows.
     """
+    check_has_no_schedule(config, "this command")
     storage = config.storage
     run = locate(config.run.folder, storage.endpoint_url, storage.region)
     shards = locate(config.data.shards, storage.endpoint_url, storage.region)
     index = _checked_index(config, shards)
-    config = _at(config, run, shards)
+    config = _at(pinned(config, run), run, shards)
+    begins = config.run.initialise_from is not None and newest(run) is None
+    if begins:
+        rules(config)
     claim(run, config, index.digest())
     forget_stop(run)
-    forget_outcome(run)
 
     def still_due() -> Due:
         # Ray Train calls this in its controller whenever a worker group starts: here, and only
@@ -83,7 +88,7 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
         return _still_due(config, run, shards, index)
 
     session = uuid.uuid4().hex[:8]
-    try:
+    with outcome_written(run, lambda: _images(run)):
         if still_due().start >= config.run.total_images:
             logger.warning("%s was trained to its end before: nothing is left to do", run.uri)
         else:
@@ -91,18 +96,9 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
             exported = _exported(config, run, session)
             progress = Progress(run, session, config.run.total_images, exported.update)
             measuring = _measuring(config, run, session)
-            with cluster(config), _stopping(run), progress, measuring:
+            weights = _kept(config) if begins else contextlib.nullcontext()
+            with cluster(config), _stopping(run), progress, measuring, weights:
                 _fit(config, run, session, still_due, faults)
-    except BadInput as error:
-        write_outcome(run, "bad input", _images(run), str(error))
-        raise
-    except Unfinished as error:
-        write_outcome(run, "unfinished", _images(run), str(error))
-        raise
-    except RunFailed as error:
-        write_outcome(run, "failed", _images(run), str(error))
-        raise
-    write_outcome(run, "finished", _images(run))
     # As above.
     from cat_ray.operations.report import write_report
 
@@ -223,6 +219,13 @@ def _fit(
         if told is not None:
             raise told from error
         raise RunFailed(f"training failed: {last_line(error)}") from error
+
+
+def _kept(config: Config) -> contextlib.AbstractContextManager[None]:
+    """Keeps the checkpoint that the run begins with from being deleted by its own run."""
+    storage, uri = config.storage, config.run.initialise_from
+    assert uri is not None
+    return lease(locate(uri, storage.endpoint_url, storage.region))
 
 
 def _exported(config: Config, run: Location, session: str) -> Exported:

@@ -176,9 +176,11 @@ class Engine:
         return Fragment(name, shape, start, mapping.get_hp_fragment(), moments)
 
     def _partition(self, name: str, parameter: nn.Parameter) -> Fragment | None:
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        values: Any = safe_get_local_fp32_param(parameter)
+        # Not by DeepSpeed's safe_get_local_*: of what is offloaded they make copies on the GPU.
+        zero = self._engine.optimizer
+        group, start, held = zero.grad_position[zero.get_param_id(parameter)]
+        flat = zero.fp32_partitioned_groups_flat[group]
+        values = flat.detach()[start : start + held]
         shape = tuple(cast(Any, parameter).ds_shape)
         offset = distributed.get_rank() * values.numel()
         # The last worker's partition is padded, and where a parameter is small some have nothing.
@@ -186,10 +188,9 @@ class Engine:
         if length <= 0:
             return None
         moments = {
-            moment: cast(Any, safe_get_local_optimizer_state(parameter, moment)).view(-1)[:length]
-            for moment in MOMENTS
+            moment: zero.optimizer.state[flat][moment][start : start + length] for moment in MOMENTS
         }
-        return Fragment(name, shape, offset, values.view(-1)[:length], moments)
+        return Fragment(name, shape, offset, values[:length], moments)
 
 
 def _offload(settings: EngineSettings) -> dict[str, Any]:

@@ -289,6 +289,8 @@ class Session:
     def _told_start(self) -> str:
         due, workers = self._stream.due, distributed.get_world_size()
         place = f"the checkpoint at {due.start:,} images" if due.checkpoint else "the beginning"
+        if not due.checkpoint and self.config.run.initialise_from:
+            place += f", with the weights of {self.config.run.initialise_from}"
         plural = "s" if workers > 1 else ""
         return f"worker group {due.worker_group}, {workers} worker{plural}, starts from {place}"
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from cat_ray.checkpoint import layout
 from cat_ray.checkpoint.read import CheckpointReader
@@ -16,6 +18,7 @@ from cat_ray.model.build import build_discriminator, build_generator, compile_bl
 from cat_ray.objective.alignment import load_teacher
 from cat_ray.storage import Location
 from cat_ray.training.averaging import Averages
+from cat_ray.training.beginning import initial_weights
 from cat_ray.training.engines import Engine
 from cat_ray.training.randomness import Purpose, key
 from cat_ray.training.steps import Adversaries
@@ -35,7 +38,11 @@ def make_state(
     checkpoint: Location | None,
     engine: type[Engine] = Engine,
 ) -> TrainingState:
-    """The state at the start of a run, or as a checkpoint holds it. Every worker must call this."""
+    """The state at the start of a run, or as a checkpoint holds it. Every worker must call this.
+
+    A run that begins with another's weights begins without moments: Adam's beta1 is 0 here, and the
+    second moments of other gradients would be wrong for as long as new ones take to be known.
+    """
     dtype = _autocast_dtype(config, device)
     torch.manual_seed(_initial_seed(config, 0))
     generator = build_generator(config, dtype).to(device)
@@ -45,6 +52,11 @@ def make_state(
         compile_blocks(generator)
         compile_blocks(discriminator)
     reader = CheckpointReader(checkpoint) if checkpoint is not None else None
+    begun = initial_weights(config) if reader is None and config.run.initialise_from else None
+    if begun is not None:
+        # Without the tensors that begin at random.
+        generator.load_state_dict(begun[layout.GENERATOR], strict=False)
+        discriminator.load_state_dict(begun[layout.DISCRIMINATOR], strict=False)
     if reader is not None:
         # Before the engines are made: their fp32 masters are copies of these.
         generator.load_state_dict(reader.tensors(layout.GENERATOR))
@@ -73,6 +85,9 @@ def make_state(
     )
     if reader is not None:
         _restore(state, reader, device)
+    if begun is not None:
+        for decay in config.optimisation.ema_decays:
+            state.averages.load(decay, partial(_run, begun[layout.average_group(decay)]))
     return state
 
 
@@ -130,6 +145,12 @@ def _restore(state: TrainingState, reader: CheckpointReader, device: torch.devic
     )
     for decay in config.optimisation.ema_decays:
         state.averages.load(decay, partial(reader.run, layout.average_group(decay)))
+
+
+def _run(tensors: dict[str, Tensor], name: str, offset: int, length: int) -> Tensor:
+    """Elements `offset` to `offset + length` of a flattened tensor; zeros past its end."""
+    values = tensors[name].flatten()[offset : offset + length]
+    return F.pad(values, (0, length - len(values)))
 
 
 def _initial_seed(config: Config, network: int) -> int:

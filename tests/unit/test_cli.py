@@ -34,7 +34,7 @@ from cat_ray.operations.goodput import BINS, LEDGER, Row
 from cat_ray.operations.identity import CONFIG_NAME
 from cat_ray.operations.journal import MEASURED
 from cat_ray.storage import Location, locate
-from cat_ray.training import driver
+from cat_ray.training import phases
 from cat_ray.training.faults import Fault
 
 COMMANDS = (
@@ -159,7 +159,7 @@ FAILURES = [(RunFailed, 1), (BadInput, 2), (Unfinished, 75)]
 @pytest.mark.parametrize(
     ("module", "name", "command"),
     [
-        (driver, "train", "train"),
+        (phases, "train_job", "train"),
         (drill, "drill", "drill"),
         (verify_resume, "verify_resume", "verify-resume"),
     ],

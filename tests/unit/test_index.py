@@ -236,3 +236,10 @@ def test_images_of_various_sizes_fit_any_side(resolution):
     check_fits(various, resolution, channels=3, num_classes=3)
     with pytest.raises(BadInput, match="ask for 1"):
         check_fits(various, resolution, channels=1, num_classes=3)
+
+
+@pytest.mark.parametrize("resolution", [16, 31])
+def test_square_images_are_reduced_and_latents_are_not(resolution):
+    check_fits(INDEX, resolution, channels=3, num_classes=3)
+    with pytest.raises(BadInput, match=f"4 x 32 x 32 latents, .* ask for 4 and {resolution}"):
+        check_fits(LATENTS, resolution, channels=4, num_classes=3)

@@ -19,11 +19,12 @@ from cat_ray.model.build import build_discriminator, build_generator
 from cat_ray.model.discriminator import Discriminator
 from cat_ray.model.generator import Generator
 from cat_ray.section import Section
+from cat_ray.training.beginning import rules_between
 
 JOBS = Path(__file__).parents[2] / "jobs"
 KINDS = {"train": Config, "prepare": Preparation, "fid": Measurement, "sample": Sampling}
 NAMES = sorted(path.stem for path in JOBS.glob("*.yaml"))
-CAT = ("cat_b2_256", "cat_m2_256", "cat_h2_256", "cat_h2_512")
+CAT = ("cat_b2_256", "cat_m2_256", "cat_h2_256", "cat_h2_512", "cat_h2_1024")
 IMAGENET = 1_281_167
 # Dense bf16, of the H100 SXM's data sheet.
 PEAK_FLOPS = 989e12
@@ -41,6 +42,13 @@ def first_comment(name: str) -> str:
 
 def prose(name: str) -> str:
     return " ".join(first_comment(name).split())
+
+
+def continued(words: list[str]) -> list[str]:
+    """The job's values that a command sets, `--initialise-from` among them."""
+    given = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
+    began = [words[at + 1] for at, word in enumerate(words) if word == "--initialise-from"]
+    return [*given, *(f"run.initialise_from={uri}" for uri in began)]
 
 
 def commands(name: str) -> Iterator[list[str]]:
@@ -86,8 +94,7 @@ def test_a_job_resolves_with_every_command_that_its_first_comment_gives(name: st
         kind, file = command_of(name), path(name)
         if words[0] == "cat-ray":
             kind, file = words[1], JOBS.parent / words[2]
-        overrides = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
-        found: Section = load(str(file), overrides, KINDS[kind])
+        found: Section = load(str(file), continued(words), KINDS[kind])
         assert isinstance(found, KINDS[kind])
         assert parse(dump(found), name, (), KINDS[kind]) == found
 
@@ -113,7 +120,13 @@ def test_the_models_of_a_training_job_can_be_built_and_run(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("cat_b2_256", 133.3), ("cat_m2_256", 260.9), ("cat_h2_256", 959.8), ("cat_h2_512", 960.7)],
+    [
+        ("cat_b2_256", 133.3),
+        ("cat_m2_256", 260.9),
+        ("cat_h2_256", 959.8),
+        ("cat_h2_512", 960.7),
+        ("cat_h2_1024", 961.0),
+    ],
 )
 def test_the_networks_have_the_published_parameters(name: str, millions: float) -> None:
     generator, discriminator = on_meta(name)
@@ -164,7 +177,7 @@ def test_the_hours_and_the_money_follow_from_the_operations(name: str) -> None:
     assert (least, most) == pytest.approx((hours[1], 3 * hours[0]), abs=2)
 
 
-@pytest.mark.parametrize(("name", "epochs"), list(zip(CAT, (20, 40, 60, 15), strict=True)))
+@pytest.mark.parametrize(("name", "epochs"), list(zip(CAT, (20, 40, 60, 15, 5), strict=True)))
 def test_the_lengths_are_whole_epochs_of_whole_batches(name: str, epochs: int) -> None:
     job = training(name)
     batch = job.optimisation.batch_size
@@ -183,12 +196,14 @@ def test_learning_rates_follow_the_width(name: str, rate: float) -> None:
 
 def test_the_training_jobs_differ_in_size_length_and_machines_alone() -> None:
     jobs = [training(name) for name in CAT]
-    assert len({job.run.folder for job in jobs}) == 4
+    assert len({job.run.folder for job in jobs}) == len(CAT)
     for part in ("objective", "optimisation", "data", "latents", "checkpoints"):
         assert all(getattr(job, part) == getattr(jobs[0], part) for job in jobs), part
-    assert all(job.model.discriminator == jobs[0].model.discriminator for job in jobs)
-    assert [job.model.generator.size for job in jobs] == ["B", "M", "H", "H"]
-    assert [job.model.resolution * REDUCTION for job in jobs] == [256, 256, 256, 512]
+    assert {job.model.discriminator.size for job in jobs} == {"B"}
+    assert [job.model.generator.size for job in jobs] == ["B", "M", "H", "H", "H"]
+    assert [job.model.resolution * REDUCTION for job in jobs] == [256, 256, 256, 512, 1024]
+    for network in ("generator", "discriminator"):
+        assert [getattr(job.model, network).patch for job in jobs] == [2, 2, 2, 2, 4]
 
 
 @pytest.mark.parametrize("name", CAT)
@@ -210,6 +225,20 @@ def test_without_alignment_the_latents_of_the_other_preparation_fit() -> None:
     assert latents.output.resolution == job.model.resolution * REDUCTION
     assert latents.latents == training("cat_b2_256").latents
     assert not job.objective.alignment.weight
+
+
+@pytest.mark.parametrize("name", ["cat_h2_512", "cat_h2_1024"])
+def test_a_higher_resolution_goes_on_from_a_lower_one_as_its_first_comment_says(name: str) -> None:
+    given = [words for words in commands(name) if "--initialise-from" in words]
+    runs = {training(other).run.folder: training(other) for other in CAT}
+    exact = 0
+    for words in given:
+        job = load(str(path(name)), continued(words))
+        assert job.run.initialise_from is not None
+        rules = rules_between(runs[job.run.initialise_from], job).rules
+        assert all(rule.source is not None for rule in rules)
+        exact += any("each pixel repeated over 2 x 2" in rule.told for rule in rules)
+    assert (len(given), exact) == ((2, 1) if name == "cat_h2_512" else (1, 1))
 
 
 def test_samples_and_fid_are_of_the_run_that_a_training_job_leaves() -> None:

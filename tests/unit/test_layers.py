@@ -17,6 +17,7 @@ from cat_ray.model.layers import (
     position_table,
     rotary_table,
     rotate,
+    token_places,
     unpatchify,
 )
 
@@ -214,3 +215,23 @@ def test_the_size_of_queries_and_keys_does_not_sharpen_attention():
         layer.qkv.weight[:32] *= 10
         layer.qkv.bias[:32] *= 10
     torch.testing.assert_close(layer(x, rotary), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [1, 3, 16])
+def test_without_a_spacing_tokens_stand_at_the_integers(grid: int) -> None:
+    assert token_places(grid).tolist() == list(range(grid))
+
+
+def test_tokens_of_a_finer_grid_stand_in_the_middle_of_their_part_of_a_coarser_ones() -> None:
+    coarse, fine = token_places(4), token_places(8, spacing=4 / 8)
+    assert fine.view(4, 2).mean(dim=1).tolist() == coarse.tolist()
+    assert (fine.view(4, 2) - coarse[:, None]).tolist() == [[-0.25, 0.25]] * 4
+
+
+def test_both_tables_take_the_same_places() -> None:
+    # At a spacing of 3 the tokens of a grid of 2 stand at 1 and 4: those of a grid of 5 do as well.
+    wide, whole = position_table(2, 16, spacing=3.0), position_table(5, 16).view(5, 5, 16)
+    assert torch.equal(wide.view(2, 2, 16), whole[[1, 4]][:, [1, 4]])
+    turned, unturned = rotary_table(2, 8, spacing=3.0), rotary_table(5, 8)
+    for wide, whole in zip(turned, unturned, strict=True):
+        assert torch.equal(wide.view(2, 2, 4), whole.view(5, 5, 4)[[1, 4]][:, [1, 4]])

@@ -416,7 +416,8 @@ def test_a_job_reads_images_latents_or_what_its_vae_encodes(index, changes, shap
     assert found.sample_bytes() == shape[0] * shape[1] * shape[2] * number_bytes
     assert (found.num_classes, found.retry_seconds, found.cache) == (7, 3, None)
     assert found.scaling_factor == (0.25 if index is LATENTS else 1.0)
-    assert found.crop is False
+    # Images of another size than the job asks for are reduced.
+    assert found.crop is (index is IMAGES and found.resolution != index.resolution)
 
 
 def test_images_of_various_sizes_are_cropped():
