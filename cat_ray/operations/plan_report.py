@@ -13,7 +13,7 @@ from cat_ray.operations.memory import WorkerMemory
 from cat_ray.operations.plan import Plan, Price, usable_bytes
 
 GIGA = 1e9
-PARTS = tuple(field.name for field in fields(WorkerMemory))
+PARTS = tuple(field.name for field in fields(WorkerMemory) if field.name != "offloaded")
 SHORT = {"gradients": "grads", "averages": "EMA", "activations": "activ."}
 
 

@@ -102,10 +102,10 @@ def test_the_operations_are_those_of_the_method():
     assert g == pytest.approx(166.5 + 0.3, rel=0.002)
     assert d == pytest.approx(30.5, rel=0.005)
     assert teacher_macs(768) / 1e9 == pytest.approx(23, rel=0.02)
-    # Its step makes the fakes twice and has no gradient for reals in the generator's step.
+    # Its step makes the fakes twice.
     aligned = job(CAT_H2, "objective.alignment.weight=1", "optimisation.reuse_generator_forward=0")
     without_projector = work_of(aligned).total / 1e9 - 3 * projector_macs(aligned) / 1e9
-    assert without_projector - d == pytest.approx(1010, rel=0.01)
+    assert without_projector == pytest.approx(1010, rel=0.01)
 
 
 def test_the_h2_run_needs_checkpointing_on_eight_h100(h2: Plan):
@@ -179,8 +179,8 @@ def test_activations_are_what_autograd_saves_of_the_whole_networks(checkpointing
 
 def test_a_worker_s_rows_are_those_of_the_one_with_the_most_lanes():
     config = small("objective.penalty.share=0.5")
-    assert rows_of(config, 4) == Rows(generated=4, judged=12, judged_again=8, aligned=0)
-    assert rows_of(config, 3) == Rows(generated=8, judged=24, judged_again=16, aligned=0)
+    assert rows_of(config, 4) == Rows(generated=4, judged=12, judged_again=4, aligned=0)
+    assert rows_of(config, 3) == Rows(generated=8, judged=24, judged_again=8, aligned=0)
 
 
 # Memory.
@@ -328,7 +328,7 @@ def test_the_command_tells_all_and_needs_no_ray(tmp_path: Path):
     result = runner.invoke(app, ["plan", str(place), "--gpu", "h100", "--gpus", "2", "--json"])
     values = json.loads(result.output)
     assert values["assumptions"]["gpu"]["name"] == "H100"
-    assert len(values["settings"]) == 8
+    assert len(values["settings"]) == 12
     memory = values["job"]["memory"]
     assert memory["total"] == sum(size for part, size in memory.items() if part != "total")
     assert values["hours"] * 2 * values["spot"]["per_hour"] == pytest.approx(

@@ -24,8 +24,7 @@ def gradients_of(config: Config, step) -> dict[str, Tensor]:
         engine = getattr(state.adversaries, name)
         assert isinstance(engine, PlainEngine)
         keep(name, engine.module, found)
-    lanes = range(config.optimisation.lanes)
-    steps_on_random_data(config, state, CPU, lanes, step)(0)
+    steps_on_random_data(config, state, CPU, step)(0)
     return found
 
 

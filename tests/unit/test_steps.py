@@ -1,18 +1,20 @@
 """The step itself: it asks the device for nothing, and micro-batches add up to the batch."""
 
 from collections.abc import Callable
+from functools import partialmethod
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cat_ray.config import Config, parse
 from cat_ray.evaluation.alignment_metrics import alignment_figures
-from cat_ray.model.build import build_discriminator, build_generator
+from cat_ray.model.build import build_discriminator, build_generator, compile_blocks
 from cat_ray.objective.alignment import Teacher
 from cat_ray.training.draws import draw_step
 from cat_ray.training.lanes import micro_batches
@@ -193,3 +195,30 @@ def test_without_penalty_nothing_is_judged_again(
     penalised = 6 * job().penalised_per_lane()
     # In the discriminator's step all at once, in the generator's reals and fakes.
     assert rows == [24 + 2 * penalised, 12, 12, 24, 12, 12]
+
+
+def test_compiled_blocks_have_the_same_gradients_and_a_resize_compiles_nothing(
+    job: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All but the C++ that would be made of the graphs, which takes a minute.
+    eagerly = partialmethod(nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(nn.Module, "compile", eagerly)
+    config = job()
+    eager, compiled = adversaries(config, CPU), adversaries(config, CPU)
+    for network in (compiled.generator.module, compiled.discriminator.module):
+        compile_blocks(network)  # pyright: ignore[reportArgumentType]
+
+    def parts_of(world_size: int) -> list[MicroBatch]:
+        own = [micro_batches(6, world_size, rank, 2) for rank in range(world_size)]
+        return [micro_batch(config, lanes, CPU) for parts in own for lanes in parts]
+
+    counters.clear()
+    for both in (eager, compiled):
+        both_steps(both, parts_of(1))
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for name in ("generator", "discriminator"):
+        expected, found = (getattr(each, name).gradients() for each in (eager, compiled))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    both_steps(compiled, parts_of(3))
+    assert counters["stats"]["unique_graphs"] == graphs
