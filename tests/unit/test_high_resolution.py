@@ -17,7 +17,7 @@ from cat_ray.operations.save_size import Rates
 from cat_ray.training.beginning import rules_between
 from cat_ray.training.draws import draw_step
 from cat_ray.training.reals import Reals
-from cat_ray.training.steps import Adversaries, discriminator_step, generator_step
+from cat_ray.training.steps import Adversaries, MicroBatch, discriminator_step, generator_step
 
 JOBS = Path(__file__).parents[2] / "jobs"
 CPU = torch.device("cpu")
@@ -47,7 +47,8 @@ class PlainEngine(SimpleNamespace):
     def __call__(self, *inputs):
         return self.module(*inputs)
 
-    def descend(self, loss: Tensor) -> None:
+    def descend(self, loss: Tensor, last: bool) -> None:
+        assert last
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -70,8 +71,9 @@ def trained(config: Config, steps: int) -> tuple[Adversaries, list[dict[str, Ten
         images = torch.randn(2, config.model.channels, side, side)
         draws = draw_step(config, range(2), at, CPU)
         outputs = engines[0](draws.latents, labels)
-        told = discriminator_step(adversaries, Reals(images, None), labels, outputs.detach(), draws)
-        told |= generator_step(adversaries, images, labels, outputs, draws)
+        micro_batch = MicroBatch(Reals(images, None), labels, draws)
+        told = discriminator_step(adversaries, micro_batch, outputs.detach())
+        told |= generator_step(adversaries, micro_batch, outputs)
         figures.append(told)
     return adversaries, figures
 
