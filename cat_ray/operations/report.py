@@ -38,7 +38,7 @@ CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Precision and recall of checkpoints", "measured", ("precision", "recall")),
     ("Images per second", "train", ("images_per_second",)),
     ("Share of time spent waiting for data", "train", ("data_wait_share",)),
-    ("Share of time spent on figures", "train", ("report_share",)),
+    ("Share of time spent on figures", "train", ("report_share", "agreement_share")),
 )
 
 STYLE = """

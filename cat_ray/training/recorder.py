@@ -82,7 +82,8 @@ class Recorder:
         overhead = overhead.to(self._device)
         distributed.all_reduce(overhead, distributed.ReduceOp.MAX)
         reported, *least_agreed = overhead.tolist()
-        values["report_share"] = (reported - sum(least_agreed)) / elapsed
+        values["report_share"] = reported / elapsed
+        values["agreement_share"] = -sum(least_agreed) / elapsed
         values["images_per_second"] = self._steps * self._batch_size / elapsed
         broken: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
         distributed.all_gather_object(broken, self._broken)

@@ -36,13 +36,14 @@ def test_figures_are_means_over_the_steps_and_those_of_the_stages_among_them(rec
     assert broken == []
 
 
-def test_the_time_on_figures_and_agreement_is_a_share_of_the_interval(recorder):
+def test_the_times_on_figures_and_on_agreement_are_shares_of_the_interval(recorder):
     # Began at 0; each step's figures take from one look at the clock to the next.
     recorder.add({"loss": torch.tensor(1.0)}, [OUTPUTS])
     recorder.add({"loss": torch.tensor(1.0)}, [OUTPUTS])
     values, _ = recorder.collect([0.25, 0.75])
     # At 5: two seconds on figures, one on agreement, two steps of 8 images.
-    assert values["report_share"] == pytest.approx(3 / 5)
+    assert values["report_share"] == pytest.approx(2 / 5)
+    assert values["agreement_share"] == pytest.approx(1 / 5)
     assert values["images_per_second"] == pytest.approx(16 / 5)
 
 
