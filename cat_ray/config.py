@@ -228,7 +228,8 @@ class EngineSettings(Section):
         least = {"none": 0, "optimiser": 1, "all": 3}[self.offload]
         if self.zero_stage < least:
             raise ValueError(
-                f"offload {self.offload} needs zero_stage {least} or more, not {self.zero_stage}"
+                f"offload {self.offload} needs zero_stage {least}{' or more' if least < 3 else ''}, "
+                f"not {self.zero_stage}"
             )
         return self
 
