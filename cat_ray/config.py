@@ -228,7 +228,7 @@ class EngineSettings(Section):
         least = {"none": 0, "optimiser": 1, "all": 3}[self.offload]
         if self.zero_stage < least:
             raise ValueError(
-                f"offload {self.offload} needs zero_stage {least}{' or more' if least < 3 else ''}, "
+                f"offload {self.offload} needs zero_stage {least if least == 3 else '1, 2 or 3'}, "
                 f"not {self.zero_stage}"
             )
         return self
