@@ -167,9 +167,9 @@ def check_fits(index: Index, resolution: int, channels: int, num_classes: int) -
     Raises:
         BadInput: other shape, or a class id outside `num_classes`.
     """
-    reduced = index.contents == "images" and (index.resolution or resolution) > resolution
-    side = resolution if reduced else index.resolution or resolution
-    if (side, index.channels) != (resolution, channels):
+    side = index.resolution or resolution
+    fits = side >= resolution if index.contents == "images" else side == resolution
+    if not fits or index.channels != channels:
         raise BadInput(
             f"the shards hold {index.channels} x {index.resolution} x {index.resolution} "
             f"{index.contents}, model.channels and model.resolution ask for {channels} and "

@@ -20,7 +20,7 @@ from cat_ray.operations.step_times import (
     measure_steps,
     steps_on_random_data,
 )
-from cat_ray.training.engines import EPSILON, choose_device
+from cat_ray.training.engines import adamw, choose_device
 from cat_ray.training.parts import part
 from cat_ray.training.state import TrainingState, make_state
 from cat_ray.training.steps import training_step
@@ -39,14 +39,7 @@ class PlainEngine:
         self.module = network
         self._clip = optimisation.gradient_clip
         self._norm = torch.zeros(())
-        self._optimizer = torch.optim.AdamW(
-            network.parameters(),
-            lr=settings.rate(width),
-            betas=optimisation.betas,
-            eps=EPSILON,
-            weight_decay=0.0,
-            fused=True,
-        )
+        self._optimizer = adamw(network, settings, optimisation, width)
 
     def __call__(self, *inputs: Any) -> Any:
         return self.module(*inputs)

@@ -132,22 +132,15 @@ def _memory(plan: Plan) -> Table:
     table = Table("ZeRO", "blocks", title=title, title_justify="left")
     for part in (*PARTS, "total"):
         table.add_column(SHORT.get(part, part), justify="right", no_wrap=True)
-    own = (plan.job.zero_stages, plan.job.offloads, plan.job.checkpointing)
-    for setting in plan.settings:
+    listed = plan.job in plan.settings
+    for setting in plan.settings if listed else (*plan.settings, plan.job):
+        engines = zip(setting.zero_stages, setting.offloads, strict=True)
+        names = [OFFLOADED_NAMES[offload].format(stage) for stage, offload in engines]
+        mark = " *" if setting == plan.job else ""
         told = "again" if setting.checkpointing else "kept"
         fits = gpu is None or setting.memory.total <= usable_bytes(gpu)
-        colour = "" if fits else "[red]"
-        mark = " *" if (setting.zero_stages, setting.offloads, setting.checkpointing) == own else ""
-        name = OFFLOADED_NAMES[setting.offloads[0]].format(setting.zero_stages[0])
-        table.add_row(f"{name}{mark}", told, *_sizes(setting.memory, colour, unit))
-    if own not in [(s.zero_stages, s.offloads, s.checkpointing) for s in plan.settings]:
-        told = "again" if plan.job.checkpointing else "kept"
-        fits = gpu is None or plan.job.memory.total <= usable_bytes(gpu)
-        sizes = _sizes(plan.job.memory, "" if fits else "[red]", unit)
-        names = [
-            OFFLOADED_NAMES[offload].format(stage) for stage, offload in zip(*own[:2], strict=True)
-        ]
-        table.add_row(f"{'/'.join(dict.fromkeys(names))} *", told, *sizes)
+        sizes = _sizes(setting.memory, "" if fits else "[red]", unit)
+        table.add_row(f"{'/'.join(dict.fromkeys(names))}{mark}", told, *sizes)
     table.caption = (
         "* the job. again: blocks are computed again, optimisation.activation_checkpointing. "
         "EMA: averages. red: does not fit. 1-: the optimiser's state is in the host's memory, "

@@ -59,14 +59,7 @@ class Engine:
         self.zero_stage = settings.zero_stage
         self.world_size = distributed.get_world_size()
         self.before_step: Callable[[], None] = lambda: None
-        optimizer = torch.optim.AdamW(
-            network.parameters(),
-            lr=settings.rate(width),
-            betas=optimisation.betas,
-            eps=EPSILON,
-            weight_decay=0.0,
-            fused=True,
-        )
+        optimizer = adamw(network, settings, optimisation, width)
         self._engine: Any = deepspeed.initialize(
             model=network,
             optimizer=cast(Any, optimizer),
@@ -191,6 +184,20 @@ class Engine:
             moment: zero.optimizer.state[flat][moment][start : start + length] for moment in MOMENTS
         }
         return Fragment(name, shape, offset, values[:length], moments)
+
+
+def adamw(
+    network: nn.Module, settings: EngineSettings, optimisation: Optimisation, width: int
+) -> torch.optim.AdamW:
+    """The optimiser of a network of this width."""
+    return torch.optim.AdamW(
+        network.parameters(),
+        lr=settings.rate(width),
+        betas=optimisation.betas,
+        eps=EPSILON,
+        weight_decay=0.0,
+        fused=True,
+    )
 
 
 def _offload(settings: EngineSettings) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +11,13 @@ from cat_ray.checkpoint.transfer import applied
 from cat_ray.config import Config, load
 from cat_ray.model.build import build_discriminator, build_generator
 from cat_ray.operations.gpus import find_gpu
+from cat_ray.operations.plain_training import plain_state
 from cat_ray.operations.plan import Assumptions, make_plan
 from cat_ray.operations.save_size import Rates
 from cat_ray.training.beginning import rules_between
 from cat_ray.training.draws import draw_step
 from cat_ray.training.reals import Reals
-from cat_ray.training.steps import Adversaries, MicroBatch, discriminator_step, generator_step
+from cat_ray.training.steps import Adversaries, MicroBatch, training_step
 
 JOBS = Path(__file__).parents[2] / "jobs"
 CPU = torch.device("cpu")
@@ -41,41 +41,17 @@ def job(name: str, *changes: str) -> Config:
     return load(str(JOBS / f"{name}.yaml"), changes)
 
 
-class PlainEngine(SimpleNamespace):
-    """As an `Engine`, in plain PyTorch."""
-
-    def __call__(self, *inputs):
-        return self.module(*inputs)
-
-    def descend(self, loss: Tensor, last: bool) -> None:
-        assert last
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-    def gradient_norm(self) -> Tensor:
-        return torch.zeros(())
-
-
 def trained(config: Config, steps: int) -> tuple[Adversaries, list[dict[str, Tensor]]]:
     """Both networks after so many steps on random latents, and the steps' figures."""
+    state, side, figures = plain_state(config, CPU), config.model.resolution, []
     torch.manual_seed(0)
-    engines = [
-        PlainEngine(module=network, optimizer=torch.optim.Adam(network.parameters(), 1e-3))
-        for network in (build_generator(config), build_discriminator(config))
-    ]
-    adversaries = Adversaries(config, *engines)  # pyright: ignore[reportArgumentType]
-    side, figures = config.model.resolution, []
     labels = torch.tensor([0, 2])
     for at in range(steps):
         images = torch.randn(2, config.model.channels, side, side)
         draws = draw_step(config, range(2), at, CPU)
-        outputs = engines[0](draws.latents, labels)
         micro_batch = MicroBatch(Reals(images, None), labels, draws)
-        told = discriminator_step(adversaries, micro_batch, outputs.detach())
-        told |= generator_step(adversaries, micro_batch, outputs)
-        figures.append(told)
-    return adversaries, figures
+        figures.append(training_step(state.adversaries, state.averages, [micro_batch])[0])
+    return state.adversaries, figures
 
 
 def held(adversaries: Adversaries) -> Sequence[Tensor]:
