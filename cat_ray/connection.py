@@ -15,7 +15,10 @@ from cat_ray.storage import ENVIRONMENT
 
 @contextlib.contextmanager
 def connected(
-    needed_cpus: float, environment: Mapping[str, str], exactly: int | None = None
+    needed_cpus: float,
+    environment: Mapping[str, str],
+    exactly: int | None = None,
+    reads: bool = True,
 ) -> Iterator[None]:
     """Connects for as long as the block lasts, unless there is a connection already.
 
@@ -25,6 +28,7 @@ def connected(
         needed_cpus: what a cluster that is started here must have at least.
         exactly: how many it shall have, where that matters.
         environment: for the processes of a cluster that runs already.
+        reads: whether shards are read: a cluster that is started here keeps processes for it.
     """
     logging.getLogger("ray").setLevel(logging.WARNING)
     # That a new cluster asks for a token, which its own processes have, is no warning.
@@ -51,8 +55,11 @@ def connected(
             log_to_driver=False,
             logging_level=logging.WARNING,
             # Ray ends what is idle for a second beyond one process for each CPU. Reading tasks take
-            # less than a CPU each, and starting one anew takes longer than a task.
-            _system_config={"num_workers_soft_limit": math.ceil(cpus / CPUS_PER_READ) + 1},
+            # less than a CPU each, and starting one anew takes longer than a task. Where nothing is
+            # read they only take time: Ray wakes each process a hundred times a second.
+            _system_config={
+                "num_workers_soft_limit": math.ceil(cpus / CPUS_PER_READ) + 1 if reads else 1
+            },
         )
     try:
         # Ray's native handler, which was set just now, would dump its stack.

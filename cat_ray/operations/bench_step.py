@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import ray
-import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -36,6 +35,7 @@ from cat_ray.training.agreement import Agreement
 from cat_ray.training.elasticity import JOB_ENVIRONMENT
 from cat_ray.training.engines import choose_device
 from cat_ray.training.parts import part
+from cat_ray.training.process import set_threads, worker_environment
 from cat_ray.training.recorder import Recorder
 from cat_ray.training.state import make_state
 from cat_ray.training.steps import training_step
@@ -77,7 +77,7 @@ def bench_step(
     }
     found: dict[str, list[StepTimes]] = {name: [] for name in ways}
     needed = max(workers) * config.workers.cpus_per_worker + CPUS_PER_READ
-    with connected(needed, JOB_ENVIRONMENT):
+    with connected(needed, JOB_ENVIRONMENT, reads=False):
         for _ in range(repetitions):
             for name, measure in ways.items():
                 found[name].append(measure())
@@ -87,7 +87,11 @@ def bench_step(
 
 def _plain(config: Config, steps: int, order: str) -> StepTimes:
     workers = config.workers
-    task = _program.options(num_cpus=workers.cpus_per_worker, num_gpus=int(workers.gpu))
+    task = _program.options(
+        num_cpus=workers.cpus_per_worker,
+        num_gpus=int(workers.gpu),
+        runtime_env={"env_vars": worker_environment(workers)},
+    )
     code, output, told = ray.get(task.remote(dump(config), order, steps))
     if code:
         raise RunFailed(f"plain PyTorch failed: {last_line(told)}")
@@ -118,7 +122,10 @@ def _ours(config: Config, steps: int, count: int) -> StepTimes:
             },
         ),
         run_config=RunConfig(
-            name="ray", storage_path=folder.path, storage_filesystem=folder.filesystem
+            name="ray",
+            storage_path=folder.path,
+            storage_filesystem=folder.filesystem,
+            worker_runtime_env={"env_vars": worker_environment(workers)},
         ),
     )
     try:
@@ -133,7 +140,7 @@ def _ours(config: Config, steps: int, count: int) -> StepTimes:
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
     """Each worker's: what a step of training does, with figures and agreement."""
     config = parse(settings["config"], "config")
-    torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
+    set_threads(config.workers)
     device = choose_device()
     state = make_state(config, device, None)
     _name_communication()

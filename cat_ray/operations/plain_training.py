@@ -22,6 +22,7 @@ from cat_ray.operations.step_times import (
 )
 from cat_ray.training.engines import adamw, choose_device
 from cat_ray.training.parts import part
+from cat_ray.training.process import set_threads
 from cat_ray.training.state import TrainingState, make_state
 from cat_ray.training.steps import training_step
 
@@ -73,7 +74,7 @@ def plain_steps(config: Config, order: str, steps: int) -> StepTimes:
     if order == "reference":
         eager = config.optimisation.model_copy(update={"compile": False})
         config = config.model_copy(update={"optimisation": eager})
-    torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
+    set_threads(config.workers)
     device = choose_device()
     peak = measure_matmul() if device.type == "cpu" else 0.0
     take = steps_on_random_data(config, plain_state(config, device), device, ORDERS[order])

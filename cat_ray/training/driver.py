@@ -46,6 +46,7 @@ from cat_ray.training.elasticity import (
 )
 from cat_ray.training.faults import Fault
 from cat_ray.training.health import read_roll_backs
+from cat_ray.training.process import worker_environment
 from cat_ray.training.requests import ask_to_stop, forget_stop
 from cat_ray.training.worker import work
 
@@ -203,6 +204,7 @@ def _fit(
                 preemption_grace_s=workers.stall_seconds,
             ),
             callbacks=[GroupClock(), TerminationSignal()],  # pyright: ignore[reportArgumentType]
+            worker_runtime_env={"env_vars": worker_environment(workers)},
         ),
         datasets={DATASET_NAME: still_due},  # pyright: ignore[reportArgumentType]
         dataset_config=LaneDataConfig(),

@@ -3,13 +3,13 @@
 from typing import Any
 
 import ray.train
-import torch
 
 from cat_ray.config import parse
 from cat_ray.data.stream import DATASET_NAME, RankStream
 from cat_ray.storage import locate
 from cat_ray.training.faults import Injector
 from cat_ray.training.loop import train
+from cat_ray.training.process import set_threads
 from cat_ray.training.session import Session
 
 
@@ -23,8 +23,7 @@ def work(settings: dict[str, Any]) -> None:
     stream: Any = ray.train.get_dataset_shard(DATASET_NAME)
     assert isinstance(stream, RankStream)
     config = parse(settings["config"], "config")
-    # A sum's rounding depends on the number of threads: it is the job's, not the machine's.
-    torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
+    set_threads(config.workers)
     run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
     injector = Injector(run, settings["faults"], ray.train.get_context().get_world_rank())
     with Session(config, stream, settings["session"], injector) as session:
