@@ -590,7 +590,8 @@ def _explain(problem: dict[str, Any], kind: type[Section]) -> str:
         )
         hint = f", did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
         return f"unknown key {dotted}{hint}"
-    message = problem["msg"].removeprefix("Value error, ")
+    is_list = problem["type"] == "tuple_type"
+    message = "must be a list" if is_list else problem["msg"].removeprefix("Value error, ")
     return f"{dotted}: {message}" if dotted else message
 
 

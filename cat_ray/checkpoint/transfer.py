@@ -42,6 +42,8 @@ SAME = (
     "model.discriminator.class_lr_multiplier",
     "model.discriminator.scope",
 )
+# Of a wholly other job's differences: the first ones tell it.
+SHOWN = 4
 # The teacher's projector comes and goes with objective.alignment.
 OPTIONAL = "projector."
 
@@ -190,10 +192,14 @@ def _embedding(old: Config, new: Config) -> tuple[str, Axis | None]:
 
 
 def _differences(old: Config, new: Config) -> Iterator[str]:
-    for key in SAME:
-        there, here = _value(old, key), _value(new, key)
-        if there != here:
-            yield f"{key} is {there} there, {here} here: set it as it was"
+    found = [
+        f"{key} is {there} there, {here} here"
+        for key in SAME
+        if (there := _value(old, key)) != (here := _value(new, key))
+    ]
+    if found:
+        more = f" and {len(found) - SHOWN} more" * (len(found) > SHOWN)
+        yield f"{', '.join(found[:SHOWN])}{more}: set what differs as it was"
 
 
 def _grids(old: Config, new: Config) -> Iterator[str]:
@@ -229,11 +235,10 @@ def _value(config: Config, key: str) -> object:
     section = config
     for name in sections:
         section = getattr(section, name)
-    return (
-        section.dimensions()
-        if isinstance(section, Network) and last == "size"
-        else getattr(section, last)
-    )
+    if isinstance(section, Network) and last == "size":
+        size = section.dimensions()
+        return f"{size.depth} blocks of width {size.width} with {size.heads} heads"
+    return getattr(section, last)
 
 
 def _resized(name: str, shape: tuple[int, ...], axis: Axis | None) -> tuple[int, ...]:

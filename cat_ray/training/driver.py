@@ -98,6 +98,8 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
             progress = Progress(run, session, config.run.total_images, exported.update)
             measuring = _measuring(config, run, session)
             weights = _kept(config) if begins else contextlib.nullcontext()
+            # Ray and the workers' imports take a while.
+            logger.warning("%s: starting up to %d workers", run.uri, config.workers.maximum)
             with cluster(config), _stopping(run), progress, measuring, weights:
                 _fit(config, run, session, still_due, faults)
     # As above.

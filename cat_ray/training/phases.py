@@ -1,7 +1,8 @@
 """Trains a job: one run, or the runs of its schedule one after the other."""
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from cat_ray.checkpoint.read import newest
@@ -13,7 +14,7 @@ from cat_ray.operations.identity import CONFIG_NAME, check_same
 from cat_ray.operations.outcome import outcome_written
 from cat_ray.schedule import phases
 from cat_ray.storage import Location, locate
-from cat_ray.training.beginning import pinned, rules_between
+from cat_ray.training.beginning import pinned, rules, rules_between
 from cat_ray.training.driver import train
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ def train_job(config: Config) -> Location:
         return train(config)
     runs = phases(config)
     check_transitions(runs)
+    _check_beginning(runs[0])
     folder = _location(config)
     if (folder / CONFIG_NAME).exists():
         raise BadInput(f"{folder.uri} holds a run without phases: choose another run.folder")
@@ -56,11 +58,24 @@ def check_transitions(runs: Sequence[Config]) -> tuple[Transfer, ...]:
     """
     found = []
     for number, (before, after) in enumerate(pairwise(runs), start=2):
-        try:
+        with _named(number):
             found.append(rules_between(before, after))
-        except BadInput as error:
-            raise BadInput(f"phase {number} of schedule: {error}") from error
     return tuple(found)
+
+
+def _check_beginning(first: Config) -> None:
+    """Of the weights that the first phase is to begin with: before any folder is written."""
+    if first.run.initialise_from is not None and newest(_location(first)) is None:
+        with _named(1):
+            rules(pinned(first, _location(first)))
+
+
+@contextlib.contextmanager
+def _named(number: int) -> Iterator[None]:
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"phase {number} of schedule: {error}") from error
 
 
 def _location(config: Config) -> Location:

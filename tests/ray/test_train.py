@@ -10,16 +10,19 @@ import tarfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from cat_ray.checkpoint.layout import STATE, read_manifest
 from cat_ray.checkpoint.read import newest, read_state
 from cat_ray.checkpoint.retain import read_best
+from cat_ray.config import Workers
 from cat_ray.data.prepare import digits, prepare
 from cat_ray.operations.journal import read_rows
 from cat_ray.section import Storage
 from cat_ray.storage import Location, locate
+from cat_ray.training.process import worker_environment
 
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))
 KILL_AFTER_SECONDS = 300
@@ -28,6 +31,12 @@ KILL_AFTER_SECONDS = 300
 def train(job: Path, *changes: str) -> subprocess.CompletedProcess[str]:
     options = [part for change in changes for part in ("--set", change)]
     return subprocess.run([COMMAND, "train", str(job), *options], capture_output=True, text=True)
+
+
+def workers_of(driver: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """The processes of a local run's workers."""
+    below = psutil.Process(driver.pid).children(recursive=True)
+    return [process for process in below if "RayTrainWorker" in " ".join(process.cmdline())]
 
 
 def tensor_hashes(run: Location) -> dict[str, str]:
@@ -61,10 +70,13 @@ def test_neither_a_kill_nor_measurements_beside_it_change_a_run(
         while newest(run) is None:
             assert driver.poll() is None and time.monotonic() < waited_until, "no checkpoint came"
             time.sleep(0.05)
+        began_with = [process.environ() for process in workers_of(driver)]
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
     stopped = newest(run)
     assert stopped is not None and read_state(stopped).images < 320, "it was over before the kill"
+    assert len(began_with) == 2
+    assert all(worker_environment(Workers()).items() <= found.items() for found in began_with)
 
     again = train(job_file, *changes)
     assert again.returncode == 0, again.stderr[-3000:]

@@ -102,6 +102,20 @@ def test_phases_that_cant_follow_each_other_are_told_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_that_the_first_phase_cant_begin_with_are_told_before_anything_is_written(
+    phased: str, tmp_path: Path
+) -> None:
+    job = parse(phased, "job.yaml", [f"run.initialise_from={tmp_path}/nothing"])
+    with pytest.raises(BadInput, match=rf"^phase 1 of schedule: .*{tmp_path}/nothing"):
+        train_job(job)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_schedule_that_is_no_list_is_told(phased: str) -> None:
+    with pytest.raises(BadInput, match=r"^job\.yaml: schedule: must be a list$"):
+        parse(phased, "job.yaml", ["schedule=5"])
+
+
 def test_a_folder_with_phases_is_told_to_whoever_needs_one_run(phased: str, tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / "run" / f"phase-{number}").mkdir(parents=True)

@@ -172,7 +172,7 @@ def test_every_tensor_has_one_rule_and_all_but_pixels_are_copied(changes: tuple[
         (("data.num_classes=11",), "data.num_classes is 10 there, 11 here"),
         (("model.channels=1",), "model.channels is 3 there, 1 here"),
         (("model.stages=2", "model.generator.size.depth=4"), "model.stages is 3 there, 2 here"),
-        (("model.generator.size.width=64",), "model.generator.size is Size(depth=3, width=32"),
+        (("model.generator.size.width=64",), "generator.size is 3 blocks of width 32 with 2 heads"),
         (("model.discriminator.size.depth=3",), "model.discriminator.size is"),
         (("model.generator.latent_width=32",), "model.generator.latent_width is 64 there"),
         (("model.generator.mapping_lr_multiplier=1",), "mapping_lr_multiplier is 0.01 there"),
@@ -209,6 +209,19 @@ def test_all_reasons_are_told_at_once() -> None:
     told = str(caught.value)
     for words in ("model.channels", "model.generator has 4 x 4", "model.discriminator has 4 x 4"):
         assert words in told
+
+
+def test_of_a_wholly_other_job_the_first_differences_are_told() -> None:
+    other = job(
+        "model.channels=1",
+        "model.stages=1",
+        "data.num_classes=7",
+        "model.generator.latent_width=5",
+        "model.discriminator.scope=aggregated",
+    )
+    with pytest.raises(BadInput) as caught:
+        rules_between(job(), other)
+    assert " and 1 more: set what differs as it was" in str(caught.value)
 
 
 def test_an_average_that_is_new_begins_at_the_weights() -> None:
