@@ -7,7 +7,8 @@ import sys
 from cat_ray.config import Workers
 from cat_ray.training.process import worker_environment
 
-# Prints the pages that five steps of a thread had to get from the kernel. A step holds 131 MB.
+# Prints the pages that five steps of a thread had to get from the kernel, after the first ones, in
+# which glibc finds places for all. A step holds 131 MB.
 STEPS = """
 import resource, threading, torch
 
@@ -16,7 +17,8 @@ def step():
     assert len(tensors) == 3
 
 def steps():
-    step()
+    for _ in range(20):
+        step()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
         step()

@@ -214,7 +214,7 @@ def test_all_reasons_are_told_at_once() -> None:
 def test_of_a_wholly_other_job_the_first_differences_are_told() -> None:
     other = job(
         "model.channels=1",
-        "model.stages=1",
+        "model.discriminator.projection_width=16",
         "data.num_classes=7",
         "model.generator.latent_width=5",
         "model.discriminator.scope=aggregated",
