@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import boto3
 import botocore.exceptions
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -106,6 +107,25 @@ def tiny_dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(backbone.embeddings.position_embeddings)
     backbone.save_pretrained(path)
     return path
+
+
+TrainWorkers = Callable[[int], list[psutil.Process]]
+
+
+@pytest.fixture(scope="session")
+def train_workers() -> TrainWorkers:
+    """Finds the training processes of a local run, below its driver's process, at every call."""
+
+    def find(driver: int) -> list[psutil.Process]:
+        workers = []
+        for process in psutil.Process(driver).children(recursive=True):
+            # One that ends meanwhile is none; Ray names its processes after their actors.
+            with suppress(psutil.Error):
+                if "".join(process.cmdline()[:1]).startswith("ray::RayTrainWorker"):
+                    workers.append(process)
+        return workers
+
+    return find
 
 
 def free_port() -> int:

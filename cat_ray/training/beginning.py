@@ -12,7 +12,7 @@ from cat_ray.checkpoint.layout import (
     average_group,
     read_whole,
 )
-from cat_ray.checkpoint.read import CheckpointReader, newest_sound, resolve, verify
+from cat_ray.checkpoint.read import CheckpointReader, newest, newest_sound, resolve, verify
 from cat_ray.checkpoint.transfer import Shapes, Transfer, applied, transfer
 from cat_ray.config import Config, parse
 from cat_ray.errors import BadInput
@@ -42,6 +42,18 @@ def pinned(config: Config, run: Location) -> Config:
     return config.model_copy(
         update={"run": config.run.model_copy(update={"initialise_from": known})}
     )
+
+
+def check_beginning(config: Config, run: Location) -> bool:
+    """Whether a run is to begin with weights of another, having no checkpoint yet.
+
+    Raises:
+        BadInput: it is, but it can't, or there is no checkpoint.
+    """
+    begins = config.run.initialise_from is not None and newest(run) is None
+    if begins:
+        rules(config)
+    return begins
 
 
 def rules(config: Config) -> Transfer:

@@ -36,7 +36,7 @@ from cat_ray.operations.prometheus import Exported
 from cat_ray.schedule import check_has_no_schedule
 from cat_ray.storage import Location, locate
 from cat_ray.training import elasticity
-from cat_ray.training.beginning import pinned, rules
+from cat_ray.training.beginning import check_beginning, pinned
 from cat_ray.training.elasticity import (
     ElasticTrainer,
     GroupClock,
@@ -77,9 +77,7 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
     shards = locate(config.data.shards, storage.endpoint_url, storage.region)
     index = _checked_index(config, shards)
     config = _at(pinned(config, run), run, shards)
-    begins = config.run.initialise_from is not None and newest(run) is None
-    if begins:
-        rules(config)
+    begins = check_beginning(config, run)
     claim(run, config, index.digest())
     forget_stop(run)
 

@@ -14,7 +14,7 @@ from cat_ray.operations.identity import CONFIG_NAME, check_same
 from cat_ray.operations.outcome import outcome_written
 from cat_ray.schedule import phases
 from cat_ray.storage import Location, locate
-from cat_ray.training.beginning import pinned, rules, rules_between
+from cat_ray.training.beginning import check_beginning, pinned, rules_between
 from cat_ray.training.driver import train
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,8 @@ def train_job(config: Config) -> Location:
         return train(config)
     runs = phases(config)
     check_transitions(runs)
-    _check_beginning(runs[0])
+    with _named(1):
+        check_beginning(runs[0], _location(runs[0]))
     folder = _location(config)
     if (folder / CONFIG_NAME).exists():
         raise BadInput(f"{folder.uri} holds a run without phases: choose another run.folder")
@@ -61,13 +62,6 @@ def check_transitions(runs: Sequence[Config]) -> tuple[Transfer, ...]:
         with _named(number):
             found.append(rules_between(before, after))
     return tuple(found)
-
-
-def _check_beginning(first: Config) -> None:
-    """Of the weights that the first phase is to begin with: before any folder is written."""
-    if first.run.initialise_from is not None and newest(_location(first)) is None:
-        with _named(1):
-            rules(pinned(first, _location(first)))
 
 
 @contextlib.contextmanager

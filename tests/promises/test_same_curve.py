@@ -66,7 +66,7 @@ def test_kills_change_no_bit_and_resizes_little_more_than_rounding(tiny_job: str
 
 @pytest.mark.parametrize("who", ["driver", "worker"])
 def test_a_termination_signal_costs_nothing_beyond_the_running_step(
-    who: str, long_job: Path, tmp_path: Path
+    who: str, long_job: Path, tmp_path: Path, train_workers
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     driver = started(long_job, log)
@@ -74,31 +74,13 @@ def test_a_termination_signal_costs_nothing_beyond_the_running_step(
     if who == "driver":
         os.kill(driver.pid, signal.SIGTERM)
     else:
-        os.kill(a_worker_of(driver.pid), signal.SIGTERM)
+        os.kill(train_workers(driver.pid)[0].pid, signal.SIGTERM)
     assert driver.wait(timeout=WAIT_SECONDS) == 75, log.read_text()[-3000:]
     images = assert_left_a_good_checkpoint(run)
     told = [row for row in read_rows(locate(str(run))) if row["kind"] == "event"]
     # The save is of the very step after which the group gave way.
     assert told[-1]["images"] == images and "saving" in told[-1]["message"]
     assert "run the same command again" in log.read_text()
-
-
-def a_worker_of(driver: int) -> int:
-    """A training process below the driver; Ray names its processes after their actors."""
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
-    parents, workers = {}, []
-    for line in listed.splitlines()[1:]:
-        pid, parent, arguments = line.split(None, 2)
-        parents[int(pid)] = int(parent)
-        if arguments.startswith("ray::RayTrainWorker"):
-            workers.append(int(pid))
-    for worker in workers:
-        above = worker
-        while above in parents and above != driver:
-            above = parents[above]
-        if above == driver:
-            return worker
-    raise AssertionError(f"no worker below {driver} in:\n{listed}")
 
 
 def test_a_sick_gan_goes_back_with_other_noise_and_says_why(long_job: Path, tmp_path: Path) -> None:

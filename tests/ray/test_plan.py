@@ -1,11 +1,11 @@
 """What `cat-ray plan` says of the quickstart is what a real run of it takes."""
 
+import contextlib
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cat_ray.checkpoint.read import newest
@@ -17,32 +17,31 @@ from cat_ray.storage import locate
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))
 QUICKSTART = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
 POLL_SECONDS = 0.2
-WORKER = "ray::RayTrainWorker"
 
 
-def peaks(driver: subprocess.Popen) -> dict[int, int]:
-    """The peak resident bytes of each train worker below a process, until it ends."""
+def peaks(driver: subprocess.Popen, train_workers) -> dict[int, int]:
+    """The peak resident bytes of each training worker below a process, until it ends."""
     found: dict[int, int] = {}
     while driver.poll() is None:
-        for process in psutil.Process(driver.pid).children(recursive=True):
-            try:
-                if process.cmdline()[:1] and process.cmdline()[0].startswith(WORKER):
-                    status = Path(f"/proc/{process.pid}/status").read_text()
-                    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-                    found[process.pid] = int(line.split()[1]) * 1024
-            except (psutil.Error, OSError, StopIteration):
-                continue
+        for process in train_workers(driver.pid):
+            # Of one that ends meanwhile the status is gone, or has no peak any more.
+            with contextlib.suppress(OSError, StopIteration):
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+                found[process.pid] = int(line.split()[1]) * 1024
         time.sleep(POLL_SECONDS)
     return found
 
 
-def test_the_quickstart_takes_the_memory_and_the_checkpoint_that_the_plan_says(tmp_path: Path):
+def test_the_quickstart_takes_the_memory_and_the_checkpoint_that_the_plan_says(
+    tmp_path: Path, train_workers
+):
     changes = [f"run.folder={tmp_path}/run", f"data.shards={tmp_path}/shards"]
     changes += ["run.total_images=256", "evaluation.protocol=none"]
     options = [part for change in changes for part in ("--set", change)]
     with (tmp_path / "log").open("w") as log:
         driver = subprocess.Popen([COMMAND, "train", str(QUICKSTART), *options], stderr=log)
-        measured = peaks(driver)
+        measured = peaks(driver, train_workers)
     assert driver.returncode == 0, (tmp_path / "log").read_text()[-3000:]
     config = load(str(QUICKSTART), changes)
     plan = make_plan(config, Assumptions(None, 2, 8, 0.25, 1.0, Rates()))

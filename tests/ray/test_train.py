@@ -10,7 +10,6 @@ import tarfile
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -33,12 +32,6 @@ def train(job: Path, *changes: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([COMMAND, "train", str(job), *options], capture_output=True, text=True)
 
 
-def workers_of(driver: "subprocess.Popen[bytes]") -> list[psutil.Process]:
-    """The processes of a local run's workers."""
-    below = psutil.Process(driver.pid).children(recursive=True)
-    return [process for process in below if "RayTrainWorker" in " ".join(process.cmdline())]
-
-
 def tensor_hashes(run: Location) -> dict[str, str]:
     """The newest checkpoint's files by hash; the state holds paths, which differ."""
     checkpoint = newest(run)
@@ -49,7 +42,7 @@ def tensor_hashes(run: Location) -> dict[str, str]:
 
 
 def test_neither_a_kill_nor_measurements_beside_it_change_a_run(
-    job_file: Path, tmp_path: Path
+    job_file: Path, tmp_path: Path, train_workers
 ) -> None:
     changes = (
         "run.total_images=320",
@@ -70,7 +63,7 @@ def test_neither_a_kill_nor_measurements_beside_it_change_a_run(
         while newest(run) is None:
             assert driver.poll() is None and time.monotonic() < waited_until, "no checkpoint came"
             time.sleep(0.05)
-        began_with = [process.environ() for process in workers_of(driver)]
+        began_with = [process.environ() for process in train_workers(driver.pid)]
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
     stopped = newest(run)
