@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, distributed
 
 from cat_ray.config import Config, parse
 from cat_ray.operations.plain_training import plain_state
-from cat_ray.operations.reference_step import reference_step
 from cat_ray.operations.step_times import steps_on_random_data
 from cat_ray.training.engines import Engine, choose_device
 from cat_ray.training.state import TrainingState, make_state
@@ -22,7 +20,7 @@ pytestmark = [
 ]
 
 STEPS = 3
-# What test_engines.py and test_reference_step.py allow on the CPU.
+# What test_engines.py allows on the CPU.
 TOLERANCE, IN_PARTS_TOLERANCE = 1e-6, 3e-6
 
 FP32 = "optimisation.precision=fp32"
@@ -30,7 +28,7 @@ CHECKPOINTING = "optimisation.activation_checkpointing=true"
 MICRO_BATCHES = "optimisation.micro_batch_lanes=2"
 
 
-def both(**settings: str | int) -> tuple[str, ...]:
+def both(**settings: str | float) -> tuple[str, ...]:
     """The same settings for both engines."""
     networks = ("generator", "discriminator")
     return tuple(
@@ -52,27 +50,32 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def group() -> Iterator[None]:
     """This process as a group of one, over NCCL."""
+    device = choose_device()
     distributed.init_process_group(
-        "nccl", store=distributed.HashStore(), rank=0, world_size=1, device_id=choose_device()
+        "nccl", store=distributed.HashStore(), rank=0, world_size=1, device_id=device
     )
-    yield
+    with pytest.MonkeyPatch.context() as environment:
+        # DeepSpeed asks for it.
+        environment.setenv("LOCAL_RANK", "0")
+        yield
     distributed.destroy_process_group()
 
 
 @pytest.fixture
 def job(tiny_job: str, tiny_dinov2: Path) -> Callable[..., Config]:
-    """The tiny job with every term of the loss, changed."""
+    """The tiny job with every term of the loss and CAT-H's learning rate, changed."""
     alignment = f"objective.alignment={{weight: 1.0, teacher: {tiny_dinov2}, teacher_width: 32}}"
+    rates = both(learning_rate=1.2e-4, width_aware="false")
 
     def changed(*changes: str) -> Config:
-        return parse(tiny_job, "job", (alignment, *changes))
+        return parse(tiny_job, "job", (alignment, *rates, *changes))
 
     return changed
 
 
-def weights_after(config: Config, state: TrainingState, step: Callable[..., Any]) -> Tensor:
+def weights_after(config: Config, state: TrainingState) -> Tensor:
     """Every weight of both networks, flat, after some steps on the same batch."""
-    take = steps_on_random_data(config, state, choose_device(), step)
+    take = steps_on_random_data(config, state, choose_device(), training_step)
     for place in range(STEPS):
         take(place)
     adversaries = state.adversaries
@@ -86,9 +89,9 @@ def weights_after(config: Config, state: TrainingState, step: Callable[..., Any]
     return torch.cat([values.to("cpu", torch.float32) for values in held])
 
 
-def plain_weights(config: Config, step: Callable[..., Any] = training_step) -> Tensor:
+def plain_weights(config: Config) -> Tensor:
     """The same in plain PyTorch."""
-    return weights_after(config, plain_state(config, choose_device()), step)
+    return weights_after(config, plain_state(config, choose_device()))
 
 
 @pytest.mark.parametrize(
@@ -130,16 +133,11 @@ def test_a_wait_is_told(job: Callable[..., Config]) -> None:
 def test_the_same_steps_have_the_same_bits(
     job: Callable[..., Config], changes: tuple[str, ...]
 ) -> None:
-    first, again = (plain_weights(job(*changes)) for _ in range(2))
+    first = plain_weights(job(*changes))
+    # As a new process, which has compiled nothing for other sizes yet.
+    torch.compiler.reset()
+    again = plain_weights(job(*changes))
     assert torch.equal(first, again), float((first - again).abs().max())
-
-
-def test_the_reference_order_is_ours_but_for_rounding(job: Callable[..., Config]) -> None:
-    config = job(FP32)
-    ours, theirs = plain_weights(config), plain_weights(config, reference_step)
-    difference = float((ours - theirs).abs().max())
-    print(f"reference order, largest difference: {difference:.1e}")
-    assert difference < IN_PARTS_TOLERANCE
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -148,7 +146,7 @@ def test_engines_take_the_steps_of_plain_pytorch(
 ) -> None:
     expected = plain_weights(job(FP32))
     config = job(FP32, *SETTINGS[name])
-    found = weights_after(config, make_state(config, choose_device(), None), training_step)
+    found = weights_after(config, make_state(config, choose_device(), None))
     difference = float((found - expected).abs().max())
     print(f"{name}, largest difference: {difference:.1e}")
     allowed = IN_PARTS_TOLERANCE if MICRO_BATCHES in SETTINGS[name] else TOLERANCE

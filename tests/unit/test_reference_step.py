@@ -12,19 +12,28 @@ from cat_ray.operations.reference_step import reference_step
 from cat_ray.operations.step_times import steps_on_random_data
 from cat_ray.training.steps import training_step
 
-CPU = torch.device("cpu")
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+        ],
+    ),
+]
 TOLERANCE = 1e-6
 
 
-def gradients_of(config: Config, step) -> dict[str, Tensor]:
+def gradients_of(config: Config, step, device: torch.device) -> dict[str, Tensor]:
     """Of every parameter, in the first step; PyTorch only."""
-    state = plain_state(config, CPU)
+    state = plain_state(config, device)
     found: dict[str, Tensor] = {}
     for name in ("generator", "discriminator"):
         engine = getattr(state.adversaries, name)
         assert isinstance(engine, PlainEngine)
         keep(name, engine.module, found)
-    steps_on_random_data(config, state, CPU, step)(0)
+    steps_on_random_data(config, state, device, step)(0)
     return found
 
 
@@ -38,18 +47,24 @@ def keep(name: str, network: nn.Module, found: dict[str, Tensor]) -> None:
         parameter.register_post_accumulate_grad_hook(note)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("share", [1.0, 0.25])
-def test_the_reference_order_has_the_gradients_of_our_step(tiny_job, share):
-    changes = (f"objective.penalty={{share: {share}, weight: 0.1}}", "optimisation.lanes=2")
+def test_the_reference_order_has_the_gradients_of_our_step(tiny_job, share, device):
+    changes = (
+        f"objective.penalty={{share: {share}, weight: 0.1}}",
+        "optimisation.lanes=2",
+        "optimisation.precision=fp32",
+    )
+    place = torch.device(device)
     config = parse(tiny_job, "job", changes)
     assert config.penalised_per_lane() == math.ceil(8 * share)
-    ours, theirs = (gradients_of(config, step) for step in (training_step, reference_step))
+    ours, theirs = (gradients_of(config, step, place) for step in (training_step, reference_step))
     assert ours.keys() == theirs.keys()
-    state = plain_state(config, CPU)
+    state = plain_state(config, place)
     for name in ("generator", "discriminator"):
         network = getattr(state.adversaries, name).module
         keys = [f"{name}.{key}" for key, _ in network.named_parameters()]
         mine, other = (torch.cat([g[key].flatten() for key in keys]) for g in (ours, theirs))
         difference = float((mine - other).norm() / other.norm())
-        print(f"{name}, share {share}: relative difference {difference:.1e}")
+        print(f"{device}: {name}, share {share}: relative difference {difference:.1e}")
         assert difference < TOLERANCE
