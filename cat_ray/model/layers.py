@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 ROPE_THETA = 10_000.0
 NORM_EPSILON = 1e-6
+# A GPU's matrix units read rows of 16 bytes, eight numbers of bf16, at once.
+ALIGNMENT = 8
 
 
 def precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
@@ -130,17 +132,50 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward layer with a hidden width of two thirds of four times the width."""
+    """Gated feed-forward layer with a hidden width of two thirds of four times the width.
+
+    For the width 1280 that is 3413; it is computed with zeros beside it, up to `ALIGNMENT`.
+    """
 
     def __init__(self, width: int):
         super().__init__()
-        self.hidden = 8 * width // 3
-        self.expand = linear(width, 2 * self.hidden)
-        self.contract = linear(self.hidden, width)
+        hidden = 8 * width // 3
+        self.expand = PaddedLinear(width, 2 * hidden, padded_parts=2)
+        self.contract = PaddedLinear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.expand(x).split(self.hidden, dim=-1)
+        gate, value = self.expand(x).chunk(2, dim=-1)
         return self.contract(F.silu(gate) * value)
+
+
+def padded(width: int) -> int:
+    """The least multiple of `ALIGNMENT` that is no less."""
+    return width + -width % ALIGNMENT
+
+
+class PaddedLinear(nn.Linear):
+    """A linear layer with Xavier-uniform weights and zero bias that computes with zeros beside it.
+
+    Zeros may follow its inputs. Of its outputs they follow each of `padded_parts` equal parts, up
+    to a multiple of `ALIGNMENT`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, padded_parts: int = 0):
+        super().__init__(inputs, outputs)
+        self.padded_parts = padded_parts
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if beside := x.shape[-1] - self.in_features:
+            weight = F.pad(weight, (0, beside))
+        if parts := self.padded_parts:
+            part = self.out_features // parts
+            if below := padded(part) - part:
+                weight = F.pad(weight.unflatten(0, (parts, part)), (0, 0, 0, below)).flatten(0, 1)
+                bias = F.pad(bias.unflatten(0, (parts, part)), (0, below)).flatten()
+        return F.linear(x, weight, bias)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

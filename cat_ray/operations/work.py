@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from cat_ray.config import Config
 from cat_ray.data.latents import REDUCTION
+from cat_ray.model.layers import padded
 from cat_ray.model.sizes import Size
 
 GIGA = 1e9
@@ -168,7 +169,7 @@ def images_per_gpu_second(config: Config, peak_teraflops: float, utilisation: fl
 
 def _linear(size: Size, tokens: int) -> float:
     """The linear layers of all blocks: attention's four and SwiGLU's three."""
-    hidden = 8 * size.width // 3
+    hidden = padded(8 * size.width // 3)
     return size.depth * tokens * (4 * size.width**2 + 3 * hidden * size.width)
 
 

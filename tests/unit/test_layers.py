@@ -166,6 +166,24 @@ def test_swiglu_gates_one_half_of_the_expansion_with_the_silu_of_the_other():
     torch.testing.assert_close(layer(x), expected)
 
 
+@pytest.mark.parametrize("width", [20, 40, 64])
+def test_swiglu_computes_in_widths_of_eight_and_the_zeros_change_nothing(width):
+    layer, reference = SwiGLU(width).double(), SwiGLU(width).double()
+    reference.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3, width, dtype=torch.float64)
+    hidden = 8 * width // 3
+    assert hidden % 8 != 0 and layer.expand(x).shape[-1] % 16 == 0
+
+    expanded = F.linear(x, reference.expand.weight, reference.expand.bias)
+    gate, value = expanded.split(hidden, dim=-1)
+    expected = F.linear(F.silu(gate) * value, reference.contract.weight, reference.contract.bias)
+    torch.testing.assert_close(layer(x), expected)
+    layer(x).square().sum().backward()
+    expected.square().sum().backward()
+    for ours, theirs in zip(layer.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def attention_input(grid: int, width: int, heads: int) -> tuple:
     torch.manual_seed(1)
     layer = Attention(width, heads).double()

@@ -22,7 +22,8 @@ DEVICES = [
         ],
     ),
 ]
-TOLERANCE = 1e-6
+# A GPU's products of large matrices are added up in an order that depends on their size.
+TOLERANCE = {"cpu": 1e-6, "cuda": 3e-6}
 
 
 def gradients_of(config: Config, step, device: torch.device) -> dict[str, Tensor]:
@@ -67,4 +68,4 @@ def test_the_reference_order_has_the_gradients_of_our_step(tiny_job, share, devi
         mine, other = (torch.cat([g[key].flatten() for key in keys]) for g in (ours, theirs))
         difference = float((mine - other).norm() / other.norm())
         print(f"{device}: {name}, share {share}: relative difference {difference:.1e}")
-        assert difference < TOLERANCE
+        assert difference < TOLERANCE[device]
