@@ -174,9 +174,9 @@ def test_the_hours_and_the_money_follow_from_the_operations(name: str) -> None:
     assert f"{round(total):,} GMAC for an image" in told
     hours = [
         round(2e9 * total * job.run.total_images / (share * PEAK_FLOPS) / 3600)
-        for share in (0.25, 0.4)
+        for share in (0.16, 0.22)
     ]
-    found = re.search(r"(\d+) H100-hours at 25% .* (\d+) at 40%: \$(\d+)-(\d+) at \$1-3", told)
+    found = re.search(r"(\d+) H100-hours at 16% .* (\d+) at 22%,.*: \$(\d+)-(\d+) at \$1-3", told)
     assert found
     assert [int(number) for number in found.groups()[:2]] == hours
     least, most = (int(number) for number in found.groups()[2:])
