@@ -173,7 +173,7 @@ def check_fits(index: Index, resolution: int, channels: int, num_classes: int) -
         raise BadInput(
             f"the shards hold {index.channels} x {index.resolution} x {index.resolution} "
             f"{index.contents}, model.channels and model.resolution ask for {channels} and "
-            f"{resolution}"
+            f"{resolution}: change the job, or prepare other shards"
         )
     used = [label for label, count in enumerate(index.class_counts) if count]
     if used and used[-1] >= num_classes:
