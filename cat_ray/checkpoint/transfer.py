@@ -214,10 +214,16 @@ def _grids(old: Config, new: Config) -> Iterator[str]:
                 f"model.{name} has {there} x {there} tokens there, {here} x {here} here: a grid "
                 "can't become coarser, take a smaller patch"
             )
-        elif large % small or (here == there and after.patch < before.patch):
+        elif here == there and after.patch < before.patch:
             yield (
-                f"model.{name}.patch is {before.patch} there, {after.patch} here: a whole multiple "
-                "can be continued, and on a finer grid of tokens a whole part"
+                f"model.{name} has the same {here} x {here} tokens, but {old.model.resolution} "
+                f"pixels there and {new.model.resolution} here: pixels can't become fewer, set "
+                f"model.resolution to {old.model.resolution} or more"
+            )
+        elif large % small:
+            yield (
+                f"model.{name}.patch is {before.patch} there, {after.patch} here: set it to a "
+                f"multiple of {before.patch}, or with more tokens to a number that divides it"
             )
         elif (after.position_grid or here) != anchor:
             yield (

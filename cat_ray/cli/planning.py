@@ -37,9 +37,7 @@ def plan(
         int | None, typer.Option(min=1, help="How many; workers.maximum of the job if unset.")
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="Of each machine.")] = 8,
-    mfu: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help=MFU_HELP)
-    ] = 0.16,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help=MFU_HELP)] = 0.16,
     interruptions_per_hour: Annotated[
         float, typer.Option(min=0.0, help="Of the whole run, for the save interval.")
     ] = 1.0,

@@ -100,7 +100,7 @@ def step_table(steps: Steps) -> Table:
     table.add_section()
     rows: dict[str, list[str]] = {
         "sum of parts": [f"{1000 * sum(parts[way].values()):,.0f} ms" for way in ways],
-        "step, unmeasured": [f"{1000 * steps.seconds(way):,.0f} ms" for way in ways],
+        "step, without parts' timers": [f"{1000 * steps.seconds(way):,.0f} ms" for way in ways],
         "least and most": [_range(steps.ways[way]) for way in ways],
         "images/s": [f"{steps.images_per_second(way):,.2f}" for way in ways],
         "peak memory": [f"{steps.memory_bytes(way) / 1e6:,.0f} MB" for way in ways],

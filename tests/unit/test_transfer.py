@@ -188,11 +188,11 @@ def test_every_tensor_has_one_rule_and_all_but_pixels_are_copied(changes: tuple[
         ),
         (
             ("model.resolution=24", "model.generator.patch=6", "model.discriminator.patch=6"),
-            "whole",
+            "model.generator.patch is 4 there, 6 here: set it to a multiple of 4",
         ),
         (
             ("model.resolution=8", "model.generator.patch=2", "model.discriminator.patch=2"),
-            "a whole multiple can be continued",
+            "pixels can't become fewer, set model.resolution to 16 or more",
         ),
         (("model.generator.patch=8",), "a grid can't become coarser"),
     ],
