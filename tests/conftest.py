@@ -40,6 +40,12 @@ reporting: {log_every_images: 32, grid_every_images: 64}
 """
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what is marked gpu where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+
+
 @pytest.fixture
 def tiny_job(tmp_path: Path) -> str:
     """A job that takes seconds, as YAML, with its folders below the test's own."""

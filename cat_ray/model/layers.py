@@ -32,10 +32,14 @@ def rms_norm(x: Tensor) -> Tensor:
 def linear(inputs: int, outputs: int, gain: float = 1.0, bias: bool = True) -> nn.Linear:
     """A linear layer with Xavier-uniform weights and zero bias."""
     layer = nn.Linear(inputs, outputs, bias=bias)
-    nn.init.xavier_uniform_(layer.weight, gain=gain)
-    if bias:
-        nn.init.zeros_(layer.bias)
+    _initialise(layer, gain)
     return layer
+
+
+def _initialise(layer: nn.Linear, gain: float = 1.0) -> None:
+    nn.init.xavier_uniform_(layer.weight, gain=gain)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 class EqualLinear(nn.Module):
@@ -163,8 +167,7 @@ class PaddedLinear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, padded_parts: int = 0):
         super().__init__(inputs, outputs)
         self.padded_parts = padded_parts
-        nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(self.bias)
+        _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias

@@ -30,6 +30,7 @@ def train_job(config: Config) -> Location:
         return train(config)
     runs = phases(config)
     check_transitions(runs)
+    # Before any folder is written.
     with _named(1):
         check_beginning(runs[0], _location(runs[0]))
     folder = _location(config)

@@ -14,10 +14,7 @@ from cat_ray.training.engines import Engine, choose_device
 from cat_ray.training.state import TrainingState, make_state
 from cat_ray.training.steps import training_step
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 STEPS = 3
 # What test_engines.py allows on the CPU.
