@@ -1,6 +1,7 @@
 """The step on a GPU: it waits for nothing, repeats bit by bit, and engines take plain steps."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,16 @@ def plain_weights(config: Config) -> Tensor:
     return weights_after(config, plain_state(config, choose_device()))
 
 
+@contextmanager
+def refusing_waits() -> Iterator[None]:
+    """Makes an error of everything that waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -110,20 +121,13 @@ def test_a_step_never_waits_for_the_gpu(
     # The first ones choose kernels and compile.
     for place in range(STEPS):
         take(place)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with refusing_waits():
         take(STEPS)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_wait_is_told(job: Callable[..., Config]) -> None:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.raises(RuntimeError, match="synchroniz"):
-            torch.ones(2, device=choose_device()).sum().item()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def test_a_wait_is_told() -> None:
+    with refusing_waits(), pytest.raises(RuntimeError, match="synchroniz"):
+        torch.ones(2, device=choose_device()).sum().item()
 
 
 def test_the_same_steps_have_the_same_bits(job: Callable[..., Config]) -> None:
