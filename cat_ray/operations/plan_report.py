@@ -141,11 +141,16 @@ def _memory(plan: Plan) -> Table:
         fits = gpu is None or setting.memory.total <= usable_bytes(gpu)
         sizes = _sizes(setting.memory, "" if fits else "[red]", unit)
         table.add_row(f"{'/'.join(dict.fromkeys(names))}{mark}", told, *sizes)
-    table.caption = (
-        "* the job. again: blocks are computed again, optimisation.activation_checkpointing. "
-        "EMA: averages. red: does not fit. 1-: the optimiser's state is in the host's memory, "
-        "3--: all is, offload"
-    )
+    notes = [
+        "* the job",
+        "again: blocks are computed again, optimisation.activation_checkpointing",
+        "EMA: averages",
+    ]
+    if gpu is not None:
+        notes.append("red: does not fit")
+    if any(set(setting.offloads) != {"none"} for setting in (*plan.settings, plan.job)):
+        notes.append("1-: the optimiser's state is in the host's memory, 3--: all is, offload")
+    table.caption = ". ".join(notes)
     table.caption_justify = "left"
     return table
 

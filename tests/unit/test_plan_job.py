@@ -81,3 +81,10 @@ def test_what_cant_go_on_is_one_line_and_exit_code_2(job_file: Path, below: Loca
     assert "set model.generator.position_grid to 8" in refused.stderr
     missing = plan(job_file, "--initialise-from", f"{below.uri}-other")
     assert missing.exit_code == 2 and "neither a complete checkpoint" in missing.stderr
+
+
+def test_the_memory_table_explains_what_it_shows_and_no_more(job_file: Path) -> None:
+    on_cpu, on_gpu = plan(job_file), plan(job_file, "--gpu", "H100")
+    assert on_cpu.exit_code == on_gpu.exit_code == 0, on_cpu.output + on_gpu.output
+    for words in ("red: does not fit", "in the host's memory"):
+        assert words not in on_cpu.output and words in on_gpu.output
