@@ -132,8 +132,8 @@ def _memory(plan: Plan) -> Table:
     table = Table("ZeRO", "blocks", title=title, title_justify="left")
     for part in (*PARTS, "total"):
         table.add_column(SHORT.get(part, part), justify="right", no_wrap=True)
-    listed = plan.job in plan.settings
-    for setting in plan.settings if listed else (*plan.settings, plan.job):
+    settings = plan.settings if plan.job in plan.settings else (*plan.settings, plan.job)
+    for setting in settings:
         engines = zip(setting.zero_stages, setting.offloads, strict=True)
         names = [OFFLOADED_NAMES[offload].format(stage) for stage, offload in engines]
         mark = " *" if setting == plan.job else ""
@@ -148,7 +148,7 @@ def _memory(plan: Plan) -> Table:
     ]
     if gpu is not None:
         notes.append("red: does not fit")
-    if any(set(setting.offloads) != {"none"} for setting in (*plan.settings, plan.job)):
+    if any(set(setting.offloads) != {"none"} for setting in settings):
         notes.append("1-: the optimiser's state is in the host's memory, 3--: all is, offload")
     table.caption = ". ".join(notes)
     table.caption_justify = "left"
