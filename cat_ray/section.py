@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cat_ray.storage import Location, locate
+
 
 class Section(BaseModel):
     """A part of the configuration: immutable, and strict about its keys."""
@@ -12,12 +14,16 @@ class Section(BaseModel):
 class Storage(Section):
     """How s3:// is reached. Credentials come from the standard AWS chain, never from here.
 
-    For `retry_seconds` shards are asked for again of a storage that doesn't answer.
+    Whatever is read or written is retried for `retry_seconds` while the storage doesn't answer.
     """
 
     endpoint_url: str | None = None
     region: str | None = None
     retry_seconds: float = Field(default=300.0, ge=0)
+
+    def locate(self, uri: str) -> Location:
+        """The place that a URI names, as `cat_ray.storage.locate`."""
+        return locate(uri, self.endpoint_url, self.region, self.retry_seconds)
 
 
 class Latents(Section):

@@ -1,44 +1,28 @@
 """Local paths and object stores behind one small type: the only place that knows endpoints."""
 
+import io
 import os
-import random
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from pyarrow import NativeFile, fs
 
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, NotFound, StorageDown
+from cat_ray.storage_errors import explain, retry
 
 CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 60.0
 ATTEMPTS = 4
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 10.0
 OPEN_FILES = 256
-# What a server says, in Arrow's words, that no waiting mends.
-FINAL = (
-    "NO_SUCH_",
-    "ACCESS_DENIED",
-    "ACCESS_KEY",
-    "SIGNATURE",
-    "TOKEN",
-    "CREDENTIALS",
-    "status 40",
-    "[ContainerNotFound]",
-    "[Authentication",
-    "[Authorization",
-    "UNAUTHENTICATED",
-    "PERMISSION_DENIED",
-    "INVALID_ARGUMENT",
-)
-REMOTE_HINT = "; check the URI, storage.endpoint_url and the credentials in the environment"
+BUFFER_BYTES = 4 << 20
 REMOTE_FORMS = ("s3://bucket/key", "gs://bucket/key", "abfss://container@account/key")
+T = TypeVar("T")
 
 # Servers other than AWS refuse the checksum trailers that the AWS SDK would send. Uploads and
 # downloads are verified by our own hashes.
@@ -47,17 +31,24 @@ for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 
-class StorageDown(BadInput):
-    """The storage doesn't answer, or not as it should: it may do so again."""
-
-
 @dataclass(frozen=True)
 class Location:
-    """A file or folder on a filesystem. `location / "name"` is one below it."""
+    """A file or folder on a filesystem. `location / "name"` is one below it.
+
+    Every method raises `StorageDown` where the storage still doesn't answer after `retry_seconds`,
+    `StorageFull` where it has no space left, and `BadInput` for what a retry cannot fix.
+
+    Attributes:
+        filesystem: Arrow's.
+        path: on it.
+        uri: as a person writes it.
+        retry_seconds: for how long every operation is retried while the storage is down.
+    """
 
     filesystem: fs.FileSystem
     path: str
     uri: str
+    retry_seconds: float = 0.0
 
     def __hash__(self) -> int:
         # Arrow's filesystems can be compared, but not hashed.
@@ -82,10 +73,13 @@ class Location:
         """The path on this machine, or None for an object store."""
         return Path(self.path) if isinstance(self.filesystem, fs.LocalFileSystem) else None
 
+    def retried(self, seconds: float) -> "Location":
+        """The same place, asked for so long while its storage is down."""
+        return replace(self, retry_seconds=seconds)
+
     def size(self) -> int | None:
         """Bytes of the file, or None if there is none."""
-        with self._explained():
-            info = self.filesystem.get_file_info(self.path)
+        info = self._ask(lambda: self.filesystem.get_file_info(self.path))
         return info.size if info.type == fs.FileType.File else None
 
     def exists(self) -> bool:
@@ -94,35 +88,53 @@ class Location:
 
     def is_folder(self) -> bool:
         """Whether there is a folder here; on an object store, anything below."""
-        with self._explained():
-            return self.filesystem.get_file_info(self.path).type == fs.FileType.Directory
+        info = self._ask(lambda: self.filesystem.get_file_info(self.path))
+        return info.type == fs.FileType.Directory
 
     def read(self) -> bytes:
         """The file's bytes.
 
         Raises:
-            BadInput: there is no such file, or the storage doesn't answer.
+            NotFound: there is no such file.
         """
-        with self._explained(), self.filesystem.open_input_file(self.path) as file:
-            return file.read()
+
+        def read() -> bytes:
+            with self.filesystem.open_input_file(self.path) as file:
+                size, content = file.size(), file.read()
+            if len(content) != size:
+                raise StorageDown(f"{self.uri}: {len(content)} of {size} bytes were sent")
+            return content
+
+        return self._ask(read)
 
     def read_range(self, begin: int, end: int) -> bytes:
         """Some of the file's bytes. The file is held open, so that it must not change.
 
         Raises:
-            BadInput: there is no such file, it ends before, or the storage doesn't answer.
+            NotFound: there is no such file.
+            BadInput: it ends before.
         """
-        with self._explained():
+
+        def read() -> bytes:
             content = _opened(self).read_at(end - begin, begin)
+            if len(content) < end - begin:
+                size = self.filesystem.get_file_info(self.path).size or 0
+                if begin + len(content) < min(end, size):
+                    told = f"{len(content)} of {end - begin} bytes were sent"
+                    raise StorageDown(f"{self.uri}: {told}")
+            return content
+
+        content = self._ask(read)
         if len(content) < end - begin:
             raise BadInput(f"{self.uri} ends at byte {begin + len(content)}, before {end}")
         return content
 
     @contextmanager
-    def opened(self) -> Iterator[NativeFile]:
-        """The file, for those who want to seek in it."""
-        with self._explained(), self.filesystem.open_input_file(self.path) as file:
-            yield file
+    def opened(self) -> Iterator[IO[bytes]]:
+        """The file, for those who want to seek in it; each read is retried."""
+        file = self._ask(lambda: self.filesystem.open_input_file(self.path))
+        with file, io.BufferedReader(_Retried(self, file), BUFFER_BYTES) as buffered:
+            yield buffered
 
     def files_below(self) -> dict[str, int]:
         """Path from here and bytes of each file below, at any depth."""
@@ -132,16 +144,23 @@ class Location:
 
     def write(self, content: bytes) -> None:
         """Puts a whole file in place at once: a reader finds the old one or the new one."""
-        if self.local_path is None:
-            with self.written() as file:
-                file.write(content)
-            return
-        with self._explained(), self._put_in_place() as target:
-            Path(target).write_bytes(content)
+
+        def write() -> None:
+            with self._put_in_place() as target:
+                if self.local_path is not None:
+                    Path(target).write_bytes(content)
+                    return
+                with self.filesystem.open_output_stream(target) as file:
+                    file.write(content)
+
+        self._ask(write)
 
     @contextmanager
     def written(self) -> Iterator[NativeFile]:
-        """A file to be written piece by piece; on a local disk it is in place once it is whole."""
+        """A file to be written piece by piece; on a local disk it is in place once it is whole.
+
+        What is written can't be written again: nothing is retried.
+        """
         with (
             self._explained(),
             self._put_in_place() as target,
@@ -151,13 +170,17 @@ class Location:
 
     def upload(self, source: Path) -> None:
         """Copies a local file here, in pieces; in place at once, as `write`."""
-        with self._explained(), self._put_in_place() as target:
-            fs.copy_files(
-                str(source),
-                target,
-                source_filesystem=fs.LocalFileSystem(),
-                destination_filesystem=self.filesystem,
-            )
+
+        def upload() -> None:
+            with self._put_in_place() as target:
+                fs.copy_files(
+                    str(source),
+                    target,
+                    source_filesystem=fs.LocalFileSystem(),
+                    destination_filesystem=self.filesystem,
+                )
+
+        self._ask(upload)
 
     @contextmanager
     def _put_in_place(self) -> Iterator[str]:
@@ -188,43 +211,90 @@ class Location:
 
     def delete(self) -> None:
         """Removes the file, if there is one."""
-        if self.exists():
-            with self._explained():
+
+        def delete() -> None:
+            if self.filesystem.get_file_info(self.path).type == fs.FileType.File:
                 self.filesystem.delete_file(self.path)
+
+        try:
+            self._ask(delete)
+        except NotFound:
+            # Another process removed it in the meantime, or an attempt that got no answer did.
+            return
 
     def delete_folder(self) -> None:
         """Removes a folder and the files in it."""
         # One by one: servers other than AWS refuse the bulk deletion of the AWS SDK.
         for name in self.sizes():
             (self / name).delete()
-        with self._explained():
+
+        def delete() -> None:
             if self.filesystem.get_file_info(self.path).type == fs.FileType.Directory:
                 self.filesystem.delete_dir(self.path)
 
+        self._ask(delete)
+
     def _listed(self, recursive: bool = False) -> list[fs.FileInfo]:
         selector = fs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
-        with self._explained():
+
+        def listed() -> list[fs.FileInfo]:
             try:
                 return self.filesystem.get_file_info(selector)
             except FileNotFoundError:
                 # It came into being while Arrow looked: now it is there.
                 return self.filesystem.get_file_info(selector)
 
+        return self._ask(listed)
+
+    def _ask(self, operation: Callable[[], T]) -> T:
+        def once() -> T:
+            with self._explained():
+                return operation()
+
+        return retry(once, self.retry_seconds)
+
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError as error:
-            raise BadInput(f"{self.uri} doesn't exist") from error
         except OSError as error:
-            reason = str(error).splitlines()[0]
-            if "NO_SUCH_KEY" in reason:
-                raise BadInput(f"{self.uri} doesn't exist") from error
-            final = self.local_path is not None or any(mark in reason for mark in FINAL)
-            hint = "" if self.local_path else REMOTE_HINT
-            raise (BadInput if final else StorageDown)(
-                f"storage failed at {self.uri}: {reason}{hint}"
-            ) from error
+            raise explain(error, self.uri, self.local_path is not None) from error
+
+
+class _Retried(io.RawIOBase):
+    """An open file whose every read is retried, for `io.BufferedReader`."""
+
+    def __init__(self, place: Location, file: NativeFile):
+        self._place, self._file = place, file
+        self._size, self._at = file.size(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self._size - self._at))
+
+        def read() -> bytes:
+            content = self._file.read_at(wanted, self._at)
+            if len(content) < wanted:
+                raise StorageDown(f"{self._place.uri}: {len(content)} of {wanted} bytes were sent")
+            return content
+
+        if wanted:
+            buffer[:wanted] = self._place._ask(read)
+        self._at += wanted
+        return wanted
 
 
 @lru_cache(maxsize=OPEN_FILES)
@@ -233,29 +303,12 @@ def _opened(place: Location) -> NativeFile:
     return place.filesystem.open_input_file(place.path)
 
 
-Answer = TypeVar("Answer")
-
-
-def patiently(ask: Callable[[], Answer], seconds: float) -> Answer:
-    """Asks a storage again and again, with growing pauses, while it is down.
-
-    Raises:
-        StorageDown: it still is after so many seconds.
-        BadInput: it answered, with something that asking again won't change.
-    """
-    until, pause = time.monotonic() + seconds, FIRST_PAUSE_SECONDS
-    while True:
-        try:
-            return ask()
-        except StorageDown:
-            if time.monotonic() + pause > until:
-                raise
-        # Many readers must not all come back at once.
-        time.sleep(pause * random.uniform(0.5, 1.0))
-        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-
-
-def locate(uri: str, endpoint_url: str | None = None, region: str | None = None) -> Location:
+def locate(
+    uri: str,
+    endpoint_url: str | None = None,
+    region: str | None = None,
+    retry_seconds: float = 0.0,
+) -> Location:
     """The place that a URI names: a local path, `file://`, `s3://bucket/key`, `gs://bucket/key` or
     `abfss://container@account/key` (Azure).
 
@@ -264,6 +317,7 @@ def locate(uri: str, endpoint_url: str | None = None, region: str | None = None)
         endpoint_url: of a server that is not the cloud's own; emulators of Google's storage ask for
             no credentials.
         region: of S3.
+        retry_seconds: for how long each operation is retried while the storage is down.
 
     Raises:
         BadInput: the scheme is not one that is supported.
@@ -271,7 +325,7 @@ def locate(uri: str, endpoint_url: str | None = None, region: str | None = None)
     parts = urlsplit(uri)
     if parts.scheme in ("", "file"):
         path = str(Path(parts.path if parts.scheme else uri).expanduser().absolute())
-        return Location(fs.LocalFileSystem(), path, path)
+        return Location(fs.LocalFileSystem(), path, path, retry_seconds)
     if parts.scheme not in ("s3", "gs", "abfs", "abfss"):
         raise BadInput(f"{uri}: use a local path, {', '.join(REMOTE_FORMS)}")
     if endpoint_url is not None and urlsplit(endpoint_url).scheme not in ("http", "https"):
@@ -286,7 +340,7 @@ def locate(uri: str, endpoint_url: str | None = None, region: str | None = None)
         if not at:
             raise BadInput(f"{uri}: write it as {REMOTE_FORMS[2]}")
         filesystem = _azure(account.split(".")[0], endpoint)
-    return Location(filesystem, f"{top}{parts.path}".rstrip("/"), uri.rstrip("/"))
+    return Location(filesystem, f"{top}{parts.path}".rstrip("/"), uri.rstrip("/"), retry_seconds)
 
 
 def _s3(endpoint: SplitResult | None, region: str | None) -> fs.FileSystem:

@@ -50,8 +50,8 @@ def index(
         from cat_ray.data.indexing import index_shards
 
         uri, pattern = shards.rsplit("/", 1) if shards.endswith(".tar") else (shards, "")
-        place = locate(uri, endpoint_url)
-        made, problems = index_shards(place, pattern, num_classes, verify, RETRY_SECONDS)
+        place = locate(uri, endpoint_url, retry_seconds=RETRY_SECONDS)
+        made, problems = index_shards(place, pattern, num_classes, verify)
         for line in problems:
             typer.echo(line)
         if made is not None:

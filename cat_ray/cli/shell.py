@@ -3,13 +3,18 @@
 import contextlib
 import json
 import sys
+import threading
+import traceback
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from cat_ray.errors import BadInput, NotFollowed, RunFailed, Unfinished
+from cat_ray.errors import BadInput, ExpectedError, last_line, printable
 from cat_ray.storage import Location
+
+INTERRUPTED = 130
+DEBUG = threading.Event()
 
 app = typer.Typer(
     name="cat-ray",
@@ -69,9 +74,37 @@ def existing_run(place: Location) -> Location:
 
 @contextlib.contextmanager
 def speaking_plainly() -> Iterator[None]:
-    """What was foreseen ends the command with one message and its exit code, no traceback."""
+    """Every failure ends the command with one message and an exit code.
+
+    A traceback is shown only after `cat-ray --debug`.
+    """
     try:
         yield
-    except (BadInput, NotFollowed, RunFailed, Unfinished) as error:
-        print(f"cat-ray: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
+    except typer.Exit:
+        raise
+    except ExpectedError as error:
+        _end(error, str(error), error.exit_code)
+    except KeyboardInterrupt as error:
+        _end(error, "interrupted", INTERRUPTED)
+    except Exception as error:
+        told = f"unexpected {type(error).__name__}: {last_line(error)}"
+        advice = "run it again as `cat-ray --debug ...` for the traceback, and report it"
+        _end(error, f"{told} ({advice})", ExpectedError.exit_code)
+
+
+def _end(error: BaseException, message: str, exit_code: int) -> NoReturn:
+    if DEBUG.is_set():
+        traceback.print_exception(error)
+    print(f"cat-ray: {printable(message)}", file=sys.stderr)
+    raise typer.Exit(exit_code) from None
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of whatever ends the command.")
+    ] = False,
+) -> None:
+    """Options of every command, before its name."""
+    if debug:
+        DEBUG.set()

@@ -19,7 +19,7 @@ from cat_ray.data.tar import RawSample, read_samples
 from cat_ray.data.tasks import run_tasks
 from cat_ray.errors import BadInput
 from cat_ray.operations.counting import Counting
-from cat_ray.storage import Location, StorageDown
+from cat_ray.storage import Location
 
 # Of Stable Diffusion's first VAEs, which is what latents come from that say nothing else.
 SD_SCALING_FACTOR = 0.18215
@@ -52,7 +52,7 @@ class Look:
 
 
 def index_shards(
-    folder: Location, pattern: str, num_classes: int | None, verify: bool, retry_seconds: float
+    folder: Location, pattern: str, num_classes: int | None, verify: bool
 ) -> tuple[Index | None, list[str]]:
     """Looks at shards, as a Ray Data job, and writes `index.json` beside them.
 
@@ -61,7 +61,6 @@ def index_shards(
         pattern: their names, with braces as in `train-{000000..000146}.tar`; all tar files if "".
         num_classes: class ids must be below this, if it is known.
         verify: decode every image and compare the names of all samples as well.
-        retry_seconds: how long to ask a storage that is down.
 
     Returns:
         The index, or None where a shard is no whole tar file, and a line for each problem.
@@ -77,7 +76,7 @@ def index_shards(
         others = f", nor {len(missing) - 1} others" if missing[1:] else ""
         raise BadInput(f"{folder.uri} has no {missing[0]}{others}")
     rows = [{"name": name, "bytes": found[name]} for name in names]
-    settings = {"folder": folder, "verify": verify, "retry_seconds": retry_seconds}
+    settings = {"folder": folder, "verify": verify}
     looks: dict[str, Look] = {}
     with connected(1, {}), Counting("shards", len(names)) as counting:
         for row in run_tasks(_task, rows, 1, **settings):
@@ -112,10 +111,8 @@ def index_shards(
     return write_index(folder, index, extents), problems
 
 
-def _task(
-    row: dict[str, Any], folder: Location, verify: bool, retry_seconds: float
-) -> dict[str, Any]:
-    look = look_at(folder / row["name"], row["bytes"], verify, retry_seconds)
+def _task(row: dict[str, Any], folder: Location, verify: bool) -> dict[str, Any]:
+    look = look_at(folder / row["name"], row["bytes"], verify)
     return {"name": row["name"], "look": json.dumps(asdict(look))}
 
 
@@ -132,11 +129,11 @@ def _from_row(row: dict[str, Any]) -> Look:
     )
 
 
-def look_at(place: Location, size: int, verify: bool, retry_seconds: float) -> Look:
+def look_at(place: Location, size: int, verify: bool) -> Look:
     """What a shard holds; with `verify` every image is decoded, and samples' names are kept.
 
     Raises:
-        StorageDown: the storage doesn't answer for so long.
+        StorageDown: the storage doesn't answer.
     """
     name, digest = place.name, hashlib.sha256()
     counts, shapes = Counter[int](), set[tuple[int, int, int]]()
@@ -147,7 +144,7 @@ def look_at(place: Location, size: int, verify: bool, retry_seconds: float) -> L
     problems: list[str] = []
     images = end = 0
     try:
-        for sample in read_samples(place, size, retry_seconds, digest.update):
+        for sample in read_samples(place, size, digest.update):
             extents.append(sample.begin)
             end = sample.end
             if LATENTS in sample.members:
@@ -169,8 +166,6 @@ def look_at(place: Location, size: int, verify: bool, retry_seconds: float) -> L
                 first.setdefault(label, f"{name}: {sample.key}")
             except BrokenSample as error:
                 problems.append(f"{name}: {sample.key}: {error}")
-    except StorageDown:
-        raise
     except BadInput as error:
         return Look(None, (), {}, {}, (), (), (), (str(error),))
     shard = Shard(name, images, size, digest.hexdigest())

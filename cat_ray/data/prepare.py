@@ -32,7 +32,7 @@ from cat_ray.errors import BadInput
 from cat_ray.objective.alignment import load_teacher
 from cat_ray.operations.counting import Counting
 from cat_ray.section import Storage
-from cat_ray.storage import Location, locate
+from cat_ray.storage import Location
 
 RECORDS = "records"
 JOB_NAME, BROKEN_NAME = "preparation.json", "broken.json"
@@ -47,7 +47,7 @@ def prepare(job: Preparation) -> Index:
         BadInput: the source can't be read, or the folder holds something else.
     """
     storage, output = job.storage, job.output
-    folder = locate(output.folder, storage.endpoint_url, storage.region)
+    folder = storage.locate(output.folder)
     if (folder / INDEX_NAME).exists() and not (folder / JOB_NAME).exists():
         raise BadInput(f"{folder.uri} holds shards of something else: choose another output.folder")
     source = _source(job)
@@ -73,7 +73,7 @@ def prepare(job: Preparation) -> Index:
 
 def left_out(job: Preparation) -> int:
     """How many samples of a finished preparation couldn't be used."""
-    folder = locate(job.output.folder, job.storage.endpoint_url, job.storage.region)
+    folder = job.storage.locate(job.output.folder)
     return len(json.loads((folder / BROKEN_NAME).read()))
 
 
@@ -88,7 +88,7 @@ def digits(folder: str, storage: Storage) -> Preparation:
 
 def _source(job: Preparation) -> Source:
     asked, storage = job.source, job.storage
-    place = locate(asked.uri or ".", storage.endpoint_url, storage.region)
+    place = storage.locate(asked.uri or ".")
     kind = guess_kind(place) if asked.kind == "auto" else asked.kind
     return Source(kind, place, asked.image_column, asked.label_column, asked.crops)
 
@@ -173,7 +173,7 @@ def _write_one(
 ) -> Written:
     """Writes one shard, and then its record."""
     broken: list[str] = []
-    samples = read_plan(source, plan, job.storage.retry_seconds)
+    samples = read_plan(source, plan)
     if encode is not None and job.output.contents == "latents":
         first = plan.name.removesuffix(".tar")
         entries = latent_entries(samples, job.output, broken.append, encode, first)
@@ -222,9 +222,7 @@ def _finish(
     latents = output.contents == "latents"
     class_counts = tuple(counts[label] for label in range(max(counts) + 1))
     (folder / HISTOGRAM_NAME).write(histogram(class_counts))
-    (folder / CONTACT_NAME).write(
-        contact_sheet(islice(read_plan(source, plans[0], job.storage.retry_seconds), SHOWN), output)
-    )
+    (folder / CONTACT_NAME).write(contact_sheet(islice(read_plan(source, plans[0]), SHOWN), output))
     if latents:
         resolution = output.resolution // REDUCTION
     else:

@@ -16,7 +16,7 @@ from cat_ray.data.index import Extents, Index, Shard
 from cat_ray.data.packs import LATENTS, unpack
 from cat_ray.data.tar import RawSample, read_samples, samples
 from cat_ray.errors import BadInput
-from cat_ray.storage import Location, patiently
+from cat_ray.storage import Location
 
 PARALLEL_READS = 16
 
@@ -33,7 +33,6 @@ class Reading:
         crop: images of any size are scaled and cropped to the side wanted; else they must have it.
         num_classes: class ids must be below this.
         scaling_factor: what latents are multiplied by before the networks see them.
-        retry_seconds: how long to ask a storage that is down.
         cache: what keeps the parts that were read, if anything does.
     """
 
@@ -44,7 +43,6 @@ class Reading:
     crop: bool
     num_classes: int
     scaling_factor: float = 1.0
-    retry_seconds: float = 0.0
     cache: Cache | None = None
 
     def shape(self) -> tuple[int, int, int]:
@@ -164,7 +162,7 @@ def fetch(reading: Reading, part: Part) -> bytes:
     held = reading.cache.get(key) if reading.cache else None
     if held is not None:
         return held
-    content = patiently(partial(place.read_range, part.begin, part.end), reading.retry_seconds)
+    content = place.read_range(part.begin, part.end)
     if reading.cache:
         reading.cache.put(key, content)
     return content

@@ -4,7 +4,6 @@ import io
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -18,7 +17,6 @@ from cat_ray.data.preparation import Output
 from cat_ray.data.shard_file import Entry
 from cat_ray.data.shard_plan import ShardPlan, Take
 from cat_ray.data.sources import Encoded, Source, read_unit
-from cat_ray.storage import patiently
 
 PARALLEL_READS, READ_AHEAD = 16, 64
 ENCODED_AHEAD = 2
@@ -30,12 +28,11 @@ Encode = Callable[[np.ndarray], Callable[[], Encodings]]
 Broken = Callable[[str], None]
 
 
-def read_plan(source: Source, plan: ShardPlan, retry_seconds: float) -> Iterator[Encoded]:
+def read_plan(source: Source, plan: ShardPlan) -> Iterator[Encoded]:
     """The samples of a shard in their order; some units are read ahead, several at a time."""
 
     def read(take: Take) -> list[Encoded]:
-        ask = partial(read_unit, source, take.unit)
-        return patiently(ask, retry_seconds)[take.first : take.stop]
+        return read_unit(source, take.unit)[take.first : take.stop]
 
     with ThreadPoolExecutor(PARALLEL_READS) as readers:
         takes = (take for group in plan.groups for take in group)

@@ -32,7 +32,7 @@ from cat_ray.data.latents import IMAGE_CHANNELS, REDUCTION
 from cat_ray.data.order import Piece, Stream, lane_images, pieces
 from cat_ray.data.read import Batch, Reading, part_of
 from cat_ray.data.reading_task import COLUMNS, CPUS_PER_READ, PIECES, packed, read_pieces
-from cat_ray.storage import Location, locate
+from cat_ray.storage import Location
 from cat_ray.training.lanes import share
 
 DATASET_NAME = "train"
@@ -241,7 +241,6 @@ def reading_of(config: Config, index: Index, folder: Location) -> Reading:
         crop=index.resolution != side,
         num_classes=data.num_classes,
         scaling_factor=index.made_with.get("scaling_factor", 1.0),
-        retry_seconds=config.storage.retry_seconds,
         cache=Cache(data.cache_folder, int(data.cache_gigabytes * 10**9))
         if data.cache_folder
         else None,
@@ -255,7 +254,7 @@ def open_shards(config: Config) -> tuple[Index, Reading]:
         BadInput: they aren't there, or aren't what the index says or the model takes.
     """
     storage = config.storage
-    folder = locate(config.data.shards, storage.endpoint_url, storage.region)
+    folder = storage.locate(config.data.shards)
     index = read_index(folder)
     reading = reading_of(config, index, folder)
     check_fits(index, reading.resolution, reading.channels, reading.num_classes)

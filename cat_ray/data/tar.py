@@ -3,10 +3,9 @@
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 from cat_ray.errors import BadInput
-from cat_ray.storage import Location, patiently
+from cat_ray.storage import Location
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 ZEROS = bytes(BLOCK_BYTES)
@@ -89,11 +88,10 @@ class _Window:
         begin: int,
         end: int,
         window_bytes: int,
-        retry_seconds: float = 0.0,
         seen: Callable[[bytes], None] = lambda content: None,
     ):
         self._place, self._begin, self._end = place, begin, end
-        self._window_bytes, self._retry_seconds, self._seen = window_bytes, retry_seconds, seen
+        self._window_bytes, self._seen = window_bytes, seen
         self._at, self._held = 0, b""
 
     def read(self, first: int, last: int) -> bytes:
@@ -105,8 +103,7 @@ class _Window:
             kept = self._held[first - self._at :] if goes_on else b""
             begin = known if goes_on else first
             self._at = begin - len(kept)
-            ask = partial(self._place.read_range, self._begin + begin, self._begin + beyond)
-            content = patiently(ask, self._retry_seconds)
+            content = self._place.read_range(self._begin + begin, self._begin + beyond)
             self._seen(content)
             self._held = kept + content
         return self._held[first - self._at : last - self._at]
@@ -223,7 +220,6 @@ def samples(content: bytes, name: str, whole: bool = True) -> Iterator[RawSample
 def read_samples(
     place: Location,
     size: int,
-    retry_seconds: float = 0.0,
     seen: Callable[[bytes], None] = lambda content: None,
 ) -> Iterator[RawSample]:
     """The samples of a whole shard, of which no more than some megabytes are held at a time.
@@ -231,13 +227,12 @@ def read_samples(
     Args:
         place: of the shard.
         size: of the file, in bytes.
-        retry_seconds: how long to ask a storage that is down, each time.
         seen: gets all of the file's bytes in order, for a hash.
 
     Raises:
         BadInput: it is not a whole tar file, or the storage fails.
     """
-    window = _Window(place, 0, size, SCAN_BYTES, retry_seconds, seen)
+    window = _Window(place, 0, size, SCAN_BYTES, seen)
     end = 0
     for sample in _samples_of(_walk(window.read, size, place.name, whole=True), window.read):
         yield sample

@@ -26,8 +26,7 @@ from cat_ray.doctor.needs import needs_of
 from cat_ray.doctor.node import facts_here
 from cat_ray.doctor.places import Asked, places_of, probe
 from cat_ray.doctor.storage_probe import try_reading, try_writing
-from cat_ray.errors import BadInput, RunFailed
-from cat_ray.storage import locate
+from cat_ray.errors import BadInput, ExpectedError, RunFailed
 from cat_ray.versions import PACKAGES
 
 PACKAGE = "cat-ray"
@@ -62,7 +61,7 @@ class Examiner:
         """Probes a place in storage from here."""
         try:
             folder = asked.location()
-        except BadInput as error:
+        except ExpectedError as error:
             return Trial(self._name, refused="list", reason=str(error))
         if asked.written:
             return try_writing(self._name, folder, name, mark)
@@ -184,7 +183,7 @@ def _clock(examiner: ActorHandle) -> Clock | None:
 def _staging_folder(config: Config | None) -> str:
     if config is None:
         return tempfile.gettempdir()
-    run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
+    run = config.storage.locate(config.run.folder)
     # A run on a disk is written in place.
     place = run.local_path or config.checkpoints.local_folder or tempfile.gettempdir()
     return str(place)

@@ -11,9 +11,9 @@ from cat_ray.data.index import INDEX_NAME
 from cat_ray.doctor.asking import gather
 from cat_ray.doctor.facts import Node, Place, Trial
 from cat_ray.doctor.storage_probe import cleared, take_away
-from cat_ray.errors import BadInput
+from cat_ray.errors import ExpectedError
 from cat_ray.section import Storage
-from cat_ray.storage import Location, locate
+from cat_ray.storage import Location
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,24 @@ class Asked:
 
     def location(self) -> Location:
         """The place."""
-        return locate(self.uri, self.storage.endpoint_url, self.storage.region)
+        return self.storage.locate(self.uri)
 
 
 def places_of(config: Config | None, uri: str | None, endpoint_url: str | None) -> list[Asked]:
     """What to probe; each is known to be a URI."""
     asked = []
-    storage = config.storage if config else Storage()
+    # A diagnosis says how the storage is now.
+    at_once = {"retry_seconds": 0.0}
+    storage = (config.storage if config else Storage()).model_copy(update=at_once)
     if config is not None:
-        shards = locate(config.data.shards, storage.endpoint_url, storage.region)
-        run = locate(config.run.folder, storage.endpoint_url, storage.region)
+        shards = storage.locate(config.data.shards)
+        run = storage.locate(config.run.folder)
         asked.append(Asked("run.folder", run.uri, storage, written=True))
         made = config.data.source is not None and not _has_index(shards)
         asked.append(Asked("data.shards", shards.uri, storage, written=made))
     if uri is not None:
         storage = storage.model_copy(update={"endpoint_url": endpoint_url or storage.endpoint_url})
-        place = locate(uri, storage.endpoint_url, storage.region)
+        place = storage.locate(uri)
         asked.append(Asked("--storage", place.uri, storage, written=True))
     return asked
 
@@ -50,7 +52,7 @@ def places_of(config: Config | None, uri: str | None, endpoint_url: str | None) 
 def _has_index(shards: Location) -> bool:
     try:
         return (shards / INDEX_NAME).exists()
-    except BadInput:
+    except ExpectedError:
         # Then it can't be read either, and the trials will say so.
         return True
 
@@ -80,7 +82,7 @@ def probe(
         with cleared(folder, left_behind):
             try:
                 (folder / name).write(b"cat-ray doctor")
-            except BadInput as error:
+            except ExpectedError as error:
                 driver = next(iter(nodes.values())).name if nodes else "the driver"
                 trials.append(Trial(driver, refused="write", reason=str(error)))
             else:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from cat_ray.data.index import INDEX_NAME
 from cat_ray.doctor.facts import Trial
-from cat_ray.errors import BadInput
+from cat_ray.errors import ExpectedError
 from cat_ray.storage import Location
 
 PROBE_BYTES = 2**23
@@ -23,7 +23,7 @@ def cleared(folder: Location, left_behind: list[str]) -> Iterator[None]:
     """
     try:
         absent = list(_absent(folder))
-    except BadInput:
+    except ExpectedError:
         # The trials will say why.
         absent = []
     try:
@@ -33,7 +33,7 @@ def cleared(folder: Location, left_behind: list[str]) -> Iterator[None]:
             for place in absent:
                 if place.is_folder() and not place.files_below() and not place.folders():
                     _remove(place)
-        except BadInput:
+        except ExpectedError:
             left_behind.append(place.uri)
 
 
@@ -99,7 +99,7 @@ def try_writing(node: str, folder: Location, name: str, mark: str) -> Trial:
         probing.step = "delete"
         probe.delete()
         return probing.trial()
-    except BadInput as error:
+    except ExpectedError as error:
         return probing.trial(str(error))
     finally:
         take_away(probe)
@@ -113,7 +113,7 @@ def take_away(probe: Location) -> bool:
                 path.unlink()
         else:
             probe.delete()
-    except (BadInput, OSError):
+    except (ExpectedError, OSError):
         return False
     return True
 
@@ -134,5 +134,5 @@ def try_reading(node: str, folder: Location) -> Trial:
         (folder / largest).read_range(0, count)
         probing.read_rate = count / (time.perf_counter() - begun)
         return probing.trial()
-    except BadInput as error:
+    except ExpectedError as error:
         return probing.trial(str(error))

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from cat_ray.checkpoint.layout import FOLDER, read_whole
 from cat_ray.checkpoint.retain import images_of, lease, write_best
 from cat_ray.config import Config
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, ExpectedError
 from cat_ray.evaluation.fid import fid
 from cat_ray.evaluation.fid_plan import planned_reals
 from cat_ray.evaluation.measurement import (
@@ -147,7 +147,7 @@ class Measuring:
                     self._measure(checkpoint)
                 elif ended:
                     return
-            except BadInput as error:
+            except ExpectedError as error:
                 # The training goes on, and says itself what is wrong with its storage.
                 logger.warning("not measured: %s", error)
 

@@ -24,7 +24,7 @@ from cat_ray.evaluation.sample_plan import (
     generated,
     pixels_of,
 )
-from cat_ray.storage import Location, locate
+from cat_ray.storage import Location
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def planned_reals(job: Measurement, config: Config) -> Reals:
     features = featuriser_of(job).load(torch.device("cpu"))
     black = torch.zeros(1, channels, side, side, dtype=torch.uint8)
     widths = {name: values.shape[1] for name, values in features(black).items()}
-    place = locate(job.reference, job.storage.endpoint_url, job.storage.region)
+    place = job.storage.locate(job.reference)
     if (place / INDEX_NAME).exists():
         source = _real_images(job, config, place, side, channels)
         store = _store(job, source, source.index.images)
@@ -127,7 +127,6 @@ def _real_images(
         channels=channels,
         crop=index.resolution != side,
         num_classes=config.data.num_classes,
-        retry_seconds=job.storage.retry_seconds,
     )
     return FromShards(reading, index)
 

@@ -39,8 +39,8 @@ def write_outputs(plan: SamplePlan) -> None:
     if plan.job.output.npz:
         _write_npz(plan)
     if copies.shards is not None:
-        classes, patience = plan.config.data.num_classes, plan.job.storage.retry_seconds
-        problems = index_shards(copies.shards, "", classes, False, patience)[1]
+        classes = plan.config.data.num_classes
+        problems = index_shards(copies.shards, "", classes, False)[1]
         if problems:
             raise BadInput(f"the samples' shards are damaged, delete them: {'; '.join(problems)}")
 

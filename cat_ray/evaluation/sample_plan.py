@@ -16,7 +16,7 @@ from cat_ray.evaluation.copies import Copies
 from cat_ray.evaluation.image_sources import Generated
 from cat_ray.evaluation.measurement import Sampling
 from cat_ray.evaluation.ranges import RangeStore, digest_of
-from cat_ray.storage import Location, locate
+from cat_ray.storage import Location
 
 SHEET_IMAGES = 100
 # Samples of a large model, or a measurement, may take a day.
@@ -167,9 +167,9 @@ def checkpoint_of(job: Sampling) -> Location:
         BadInput: it is neither.
     """
     storage = job.storage
-    return resolve(locate(job.samples.checkpoint, storage.endpoint_url, storage.region))
+    return resolve(storage.locate(job.samples.checkpoint))
 
 
 def folder_of(job: Sampling) -> Location:
     """Where a job's output lies."""
-    return locate(job.output.folder, job.storage.endpoint_url, job.storage.region)
+    return job.storage.locate(job.output.folder)

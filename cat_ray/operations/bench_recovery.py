@@ -16,7 +16,6 @@ from cat_ray.config import Config
 from cat_ray.errors import BadInput, RunFailed
 from cat_ray.operations.drill import drilled, recoveries, train_with_faults
 from cat_ray.operations.goodput import Row, read_ledger
-from cat_ray.storage import locate
 from cat_ray.training.faults import Fault, Kind
 
 FRESH = "fresh start"
@@ -82,7 +81,7 @@ def bench_recovery(config: Config, repetitions: int) -> RecoverySeconds:
         RunFailed: a run didn't survive its faults, or went on without noticing one.
     """
     config, faults = schedule(config)
-    run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
+    run = config.storage.locate(config.run.folder)
     if run.sizes() or run.folders():
         raise BadInput(f"{run.uri} isn't empty: a drill begins a run of its own")
     seconds: dict[str, list[float]] = defaultdict(list)

@@ -30,7 +30,6 @@ from cat_ray.operations.step_times import (
     steps_on_random_data,
 )
 from cat_ray.operations.work import work_of
-from cat_ray.storage import locate
 from cat_ray.training.agreement import Agreement
 from cat_ray.training.elasticity import JOB_ENVIRONMENT
 from cat_ray.training.engines import choose_device
@@ -108,7 +107,7 @@ def _program(job: str, order: str, steps: int) -> tuple[int, str, str]:
 
 def _ours(config: Config, steps: int, count: int) -> StepTimes:
     workers, storage = config.workers, config.storage
-    folder = locate(f"{config.run.folder}-bench", storage.endpoint_url, storage.region)
+    folder = storage.locate(f"{config.run.folder}-bench")
     trainer = TorchTrainer(
         _work,
         train_loop_config={"config": dump(config), "steps": steps},

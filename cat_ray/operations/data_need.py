@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from cat_ray.config import Config
 from cat_ray.data.index import INDEX_NAME, read_index
 from cat_ray.data.latents import CHANNELS, REDUCTION
-from cat_ray.storage import locate
 
 HALF_BYTES = 2
 # A JPEG of 256 x 256, cut from photographs: 24 KB (README, "Data").
@@ -34,7 +33,7 @@ class DataNeed:
 def data_need(config: Config, images_per_second: float | None) -> DataNeed:
     """What so many images per second take; shards that lie on this machine are looked at."""
     storage = config.storage
-    folder = locate(config.data.shards, storage.endpoint_url, storage.region)
+    folder = storage.locate(config.data.shards)
     if folder.local_path is not None and (folder / INDEX_NAME).exists():
         index = read_index(folder)
         size = sum(shard.bytes for shard in index.shards) / index.images

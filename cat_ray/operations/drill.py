@@ -20,7 +20,7 @@ from cat_ray.errors import BadInput, RunFailed
 from cat_ray.operations.comparison import compare, compare_input, starts_of
 from cat_ray.operations.goodput import Row, read_ledger
 from cat_ray.operations.sample_keys import repeated, trained_on
-from cat_ray.storage import Location, locate
+from cat_ray.storage import Location
 from cat_ray.training.driver import train
 from cat_ray.training.elasticity import drain_node
 from cat_ray.training.faults import BY_WORKER, Fault, strike_of
@@ -89,7 +89,7 @@ def drill(config: Config, faults: Sequence[Fault]) -> Drilled:
         BadInput: the job can't be used, or the folder isn't empty.
     """
     faulty, undisturbed = (drilled(config, name, len(faults)) for name in ("faults", "undisturbed"))
-    run = locate(faulty.run.folder, config.storage.endpoint_url, config.storage.region)
+    run = config.storage.locate(faulty.run.folder)
     if run.sizes() or run.folders():
         raise BadInput(f"{run.uri} isn't empty: a drill begins a run of its own")
     console = Console()
@@ -99,7 +99,7 @@ def drill(config: Config, faults: Sequence[Fault]) -> Drilled:
     if all(kept for _, kept, _ in promises):
         console.rule("undisturbed")
         train(undisturbed)
-        other = locate(undisturbed.run.folder, config.storage.endpoint_url, config.storage.region)
+        other = config.storage.locate(undisturbed.run.folder)
         # Groups of other sizes round otherwise, and a GAN makes much of it in a hundred steps: with
         # faults of nodes only what went in can be compared. verify-resume compares its first steps.
         compared = (
@@ -145,7 +145,7 @@ def train_with_faults(config: Config, faults: Sequence[Fault]) -> tuple[float, s
         if of_nodes(faults):
             workers, cpus = _alone_on_a_node(config.workers)
             config = config.model_copy(update={"workers": workers})
-            run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
+            run = config.storage.locate(config.run.folder)
             nodes = around.enter_context(_nodes(workers.maximum, cpus))
             around.enter_context(_node_faults(run, faults, nodes, cpus))
         began, failure = time.time(), ""
@@ -186,9 +186,7 @@ def _findings(config: Config, run: Location, failure: str) -> list[tuple[str, bo
     checkpoint = newest_sound(run)
     images = read_state(checkpoint).images if checkpoint else 0
     total = config.run.total_images
-    index = read_index(
-        locate(config.data.shards, config.storage.endpoint_url, config.storage.region)
-    )
+    index = read_index(config.storage.locate(config.data.shards))
     try:
         trained = trained_on(run, starts_of(rows))
         twice = repeated(trained, index.images)

@@ -17,13 +17,13 @@ from cat_ray.checkpoint.read import load_generator, read_state, resolve
 from cat_ray.checkpoint.retain import lease
 from cat_ray.config import Config, parse
 from cat_ray.data.index import read_index
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, ExpectedError
 from cat_ray.evaluation.sampling import class_means
 from cat_ray.exported import CLASS_MEANS, MEANS, MODEL, WEIGHTS, Description
 from cat_ray.model.generator import Generator
 from cat_ray.operations.model_card import README, model_card
 from cat_ray.operations.onnx_graph import differs_by, write_onnx
-from cat_ray.storage import Location, locate
+from cat_ray.storage import Location
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +130,8 @@ def _scaling_factor(state: State, config: Config) -> float | None:
     """
     storage = config.storage
     try:
-        index = read_index(locate(config.data.shards, storage.endpoint_url, storage.region))
-    except BadInput as error:
+        index = read_index(storage.locate(config.data.shards))
+    except ExpectedError as error:
         logger.warning("the scaling factor of the latents is not recorded: %s", error)
         return None
     if index.contents != "latents" or index.digest() != state.data_digest:

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from cat_ray.config import Config
 from cat_ray.operations.comparison import Compared, compare, tolerance
-from cat_ray.storage import Location, locate
+from cat_ray.storage import Location
 from cat_ray.training.driver import cluster, train
 from cat_ray.training.faults import Fault
 
@@ -77,6 +77,6 @@ def _part(config: Config, name: str, total_images: int, workers: int) -> Config:
 
 
 def _trained(config: Config, faults: tuple[Fault, ...] = ()) -> Location:
-    run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
+    run = config.storage.locate(config.run.folder)
     train(config, faults)
     return run

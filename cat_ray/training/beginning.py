@@ -18,7 +18,7 @@ from cat_ray.config import Config, parse
 from cat_ray.errors import BadInput
 from cat_ray.model.build import build_discriminator, build_generator
 from cat_ray.operations.identity import CONFIG_NAME
-from cat_ray.storage import Location, locate
+from cat_ray.storage import Location
 
 
 def pinned(config: Config, run: Location) -> Config:
@@ -122,7 +122,7 @@ def _stored_shapes(manifest: Part) -> Shapes:
 
 
 def _located(config: Config, uri: str) -> Location:
-    return locate(uri, config.storage.endpoint_url, config.storage.region)
+    return config.storage.locate(uri)
 
 
 def _sound(place: Location) -> Location:

@@ -34,7 +34,7 @@ from cat_ray.operations.outcome import outcome_written, stopped_with
 from cat_ray.operations.progress import Progress
 from cat_ray.operations.prometheus import Exported
 from cat_ray.schedule import check_has_no_schedule
-from cat_ray.storage import Location, locate
+from cat_ray.storage import Location
 from cat_ray.training import elasticity
 from cat_ray.training.beginning import check_beginning, pinned
 from cat_ray.training.elasticity import (
@@ -73,8 +73,8 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
     """
     check_has_no_schedule(config, "this command")
     storage = config.storage
-    run = locate(config.run.folder, storage.endpoint_url, storage.region)
-    shards = locate(config.data.shards, storage.endpoint_url, storage.region)
+    run = storage.locate(config.run.folder)
+    shards = storage.locate(config.data.shards)
     index = _checked_index(config, shards)
     config = _at(pinned(config, run), run, shards)
     begins = check_beginning(config, run)
@@ -227,7 +227,7 @@ def _kept(config: Config) -> contextlib.AbstractContextManager[None]:
     """Keeps the checkpoint that the run begins with from being deleted by its own run."""
     storage, uri = config.storage, config.run.initialise_from
     assert uri is not None
-    return lease(locate(uri, storage.endpoint_url, storage.region))
+    return lease(storage.locate(uri))
 
 
 def _exported(config: Config, run: Location, session: str) -> Exported:

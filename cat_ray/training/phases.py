@@ -13,7 +13,7 @@ from cat_ray.errors import BadInput
 from cat_ray.operations.identity import CONFIG_NAME, check_same
 from cat_ray.operations.outcome import outcome_written
 from cat_ray.schedule import phases
-from cat_ray.storage import Location, locate
+from cat_ray.storage import Location
 from cat_ray.training.beginning import check_beginning, pinned, rules_between
 from cat_ray.training.driver import train
 
@@ -74,7 +74,7 @@ def _named(number: int) -> Iterator[None]:
 
 
 def _location(config: Config) -> Location:
-    return locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
+    return config.storage.locate(config.run.folder)
 
 
 def _images(runs: Sequence[Config]) -> int:

@@ -21,7 +21,6 @@ from cat_ray.operations.goodput import Bin, Ledger
 from cat_ray.operations.journal import EVENT, Journal
 from cat_ray.operations.sample_keys import SampleKeys
 from cat_ray.operations.trackers import start_trackers
-from cat_ray.storage import locate
 from cat_ray.training.agreement import Agreement
 from cat_ray.training.cloud_notices import cloud_source
 from cat_ray.training.elasticity import RayDrain, drain_node, on_head_node
@@ -70,7 +69,7 @@ class Session:
         self._stream = stream
         self._batches = stream.batches()
         self._injector = injector
-        self._run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
+        self._run = config.storage.locate(config.run.folder)
         self._broken = 0
         self._health = Health()
         self._limits = Limits(**config.health.model_dump(exclude={"max_rollbacks"}))
@@ -95,7 +94,7 @@ class Session:
         self._state = make_state(
             config,
             self.device,
-            locate(checkpoint, storage.endpoint_url, storage.region) if checkpoint else None,
+            storage.locate(checkpoint) if checkpoint else None,
         )
         self.adversaries = self._state.adversaries
         self.averages = self._state.averages

@@ -6,7 +6,6 @@ import ray.train
 
 from cat_ray.config import parse
 from cat_ray.data.stream import DATASET_NAME, RankStream
-from cat_ray.storage import locate
 from cat_ray.training.faults import Injector
 from cat_ray.training.loop import train
 from cat_ray.training.process import set_threads
@@ -24,7 +23,7 @@ def work(settings: dict[str, Any]) -> None:
     assert isinstance(stream, RankStream)
     config = parse(settings["config"], "config")
     set_threads(config.workers)
-    run = locate(config.run.folder, config.storage.endpoint_url, config.storage.region)
+    run = config.storage.locate(config.run.folder)
     injector = Injector(run, settings["faults"], ray.train.get_context().get_world_rank())
     with Session(config, stream, settings["session"], injector) as session:
         train(session)

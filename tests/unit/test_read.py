@@ -414,7 +414,7 @@ def test_a_job_reads_images_latents_or_what_its_vae_encodes(index, changes, shap
     found = reading_of(job(*changes), index, locate("shards"))
     assert found.shape() == shape
     assert found.sample_bytes() == shape[0] * shape[1] * shape[2] * number_bytes
-    assert (found.num_classes, found.retry_seconds, found.cache) == (7, 3, None)
+    assert (found.num_classes, found.cache) == (7, None)
     assert found.scaling_factor == (0.25 if index is LATENTS else 1.0)
     # Images of another size than the job asks for are reduced.
     assert found.crop is (index is IMAGES and found.resolution != index.resolution)

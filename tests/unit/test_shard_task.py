@@ -14,8 +14,8 @@ from cat_ray.data.shard_plan import plan_shards
 from cat_ray.data.shard_task import image_entries, latent_entries, read_plan
 from cat_ray.data.sources import Encoded, Source, Unit
 from cat_ray.data.tar import RawSample
-from cat_ray.errors import BadInput
-from cat_ray.storage import StorageDown, locate
+from cat_ray.errors import BadInput, StorageDown
+from cat_ray.storage import locate
 
 
 def picture(value: int, side: int = 16, kind: str = "PNG") -> bytes:
@@ -109,7 +109,7 @@ def test_a_shard_is_read_in_its_planned_order(monkeypatch, counts):
         for number, group in enumerate(plan.groups):
             keys = [f"{t.unit.file}-{place}" for t in group for place in range(t.first, t.stop)]
             expected += [keys[place] for place in plan.order(number)]
-        assert [found.key for found in read_plan(source, plan, 0)] == expected
+        assert [found.key for found in read_plan(source, plan)] == expected
 
 
 @pytest.mark.parametrize("error", [BadInput, StorageDown])
@@ -120,20 +120,4 @@ def test_a_unit_that_cannot_be_read_ends_the_shard_with_its_error(monkeypatch, e
     monkeypatch.setattr(module, "read_unit", read_unit)
     (plan,) = plan_shards([Unit("a", 0, 1, 1)], 10, seed=0)
     with pytest.raises(error, match="said no"):
-        list(read_plan(Source("webdataset", locate(".")), plan, 0))
-
-
-def test_a_storage_that_is_back_in_time_is_asked_again(monkeypatch):
-    answers = [StorageDown("down"), [sample(0)]]
-
-    def read_unit(*_: object) -> list[Encoded]:
-        answer = answers.pop(0)
-        if isinstance(answer, StorageDown):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(module, "read_unit", read_unit)
-    monkeypatch.setattr("cat_ray.storage.FIRST_PAUSE_SECONDS", 0.01)
-    (plan,) = plan_shards([Unit("a", 0, 1, 1)], 10, seed=0)
-    (found,) = read_plan(Source("webdataset", locate(".")), plan, 60)
-    assert found == sample(0)
+        list(read_plan(Source("webdataset", locate(".")), plan))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from cat_ray import storage
-from cat_ray.errors import BadInput
-from cat_ray.storage import Location, StorageDown, locate, patiently
+from cat_ray import storage, storage_errors
+from cat_ray.errors import BadInput, StorageDown, StorageFull
+from cat_ray.storage import Location, locate
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_a_write_that_fails_leaves_what_was_there(place, tmp_path, before):
         (place / "file").write(before)
     # Every write to this device fails as on a full disk.
     (tmp_path / ".file.partial").symlink_to("/dev/full")
-    with pytest.raises(BadInput, match=r"storage failed at .*/file: .*No space left") as caught:
+    with pytest.raises(StorageFull, match=r"no space left for .*/file: free some") as caught:
         (place / "file").write(b"new content")
     cause = caught.value.__cause__
     assert isinstance(cause, OSError)
@@ -256,7 +256,7 @@ def test_an_upload_that_fails_leaves_what_was_there(place, tmp_path, monkeypatch
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(storage.fs, "copy_files", breaks_off)
-    with pytest.raises(BadInput, match=r"storage failed at .*/file"):
+    with pytest.raises(StorageDown, match=r"storage failed at .*/file"):
         (place / "file").upload(source)
     assert files(tmp_path) == ({} if before is None else {"file": before})
 
@@ -287,7 +287,7 @@ def test_a_store_that_does_not_answer_is_told_by_uri_and_not_waited_for(monkeypa
     def read() -> None:
         try:
             place.read()
-        except BadInput as error:
+        except StorageDown as error:
             told.append(str(error))
 
     thread = threading.Thread(target=read, daemon=True)
@@ -296,122 +296,10 @@ def test_a_store_that_does_not_answer_is_told_by_uri_and_not_waited_for(monkeypa
     assert not thread.is_alive()
     assert len(told) == 1
     assert told[0].startswith("storage failed at s3://bucket/run/config.yaml: ")
-    assert told[0].endswith(storage.REMOTE_HINT)
+    assert told[0].endswith(storage_errors.REMOTE_HINT)
     assert "\n" not in told[0]
 
 
 def test_a_host_that_swallows_packets_is_given_up_soon():
     # A connection that is refused fails at once; one that hangs costs these.
     assert storage.ATTEMPTS * storage.CONNECT_SECONDS <= 60
-
-
-# Patience.
-
-
-class Pauses:
-    """A clock that runs only while somebody sleeps."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.now, self.slept = 100.0, list[float]()
-        monkeypatch.setattr(storage.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(storage.time, "sleep", self._sleep)
-
-    def _sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now += seconds
-
-
-def failing(times: int, error: Exception | type[Exception]):
-    """Answers after so many failures; how often it was asked is the list's length."""
-    asked: list[int] = []
-
-    def ask() -> str:
-        asked.append(len(asked))
-        if len(asked) <= times:
-            raise error
-        return "answer"
-
-    return ask, asked
-
-
-@pytest.mark.parametrize("times", [0, 1, 5])
-def test_a_storage_that_is_down_is_asked_until_it_answers(monkeypatch, times):
-    pauses = Pauses(monkeypatch)
-    ask, asked = failing(times, StorageDown("down"))
-    assert patiently(ask, 300) == "answer"
-    assert len(asked) == times + 1
-    assert len(pauses.slept) == times
-
-
-def test_pauses_grow_up_to_the_longest(monkeypatch):
-    pauses = Pauses(monkeypatch)
-    ask, _ = failing(12, StorageDown("down"))
-    patiently(ask, 300)
-    whole = [
-        min(storage.FIRST_PAUSE_SECONDS * 2**n, storage.LONGEST_PAUSE_SECONDS) for n in range(12)
-    ]
-    # Readers that failed together come back one by one.
-    for slept, pause in zip(pauses.slept, whole, strict=True):
-        assert pause / 2 <= slept <= pause
-
-
-@pytest.mark.parametrize("seconds", [0, 0.4, 3, 60, 300])
-def test_a_storage_that_stays_down_is_given_up_after_the_time(monkeypatch, seconds):
-    pauses = Pauses(monkeypatch)
-    ask, asked = failing(10**6, StorageDown("still down"))
-    with pytest.raises(StorageDown, match="still down"):
-        patiently(ask, seconds)
-    assert len(asked) == len(pauses.slept) + 1
-    assert sum(pauses.slept) <= seconds
-    # It gives up when the next pause would be over too late, and no earlier.
-    assert sum(pauses.slept) + storage.LONGEST_PAUSE_SECONDS > seconds
-
-
-@pytest.mark.parametrize("error", [BadInput("no such key"), ValueError("ours"), KeyboardInterrupt])
-def test_what_asking_again_will_not_mend_is_told_at_once(monkeypatch, error):
-    pauses = Pauses(monkeypatch)
-    ask, asked = failing(3, error)
-    with pytest.raises(error if isinstance(error, type) else type(error)) as caught:
-        patiently(ask, 300)
-    assert not isinstance(caught.value, StorageDown)
-    assert (len(asked), pauses.slept) == (1, [])
-
-
-@pytest.mark.parametrize(
-    ("reason", "final"),
-    [
-        ("When reading: AWS Error NETWORK_CONNECTION during GetObject: refused", False),
-        ("AWS Error SLOW_DOWN during GetObject operation", False),
-        ("AWS Error UNKNOWN (HTTP status 503) during HeadObject", False),
-        ("AWS Error INTERNAL_FAILURE (HTTP status 500)", False),
-        ("AWS Error UNKNOWN (HTTP status 301)", False),
-        ("AWS Error NO_SUCH_BUCKET during GetObject operation", True),
-        ("AWS Error NO_SUCH_KEY during GetObject operation", True),
-        ("AWS Error ACCESS_DENIED during GetObject operation", True),
-        ("AWS Error INVALID_ACCESS_KEY_ID (HTTP status 403)", True),
-        ("AWS Error SIGNATURE_DOES_NOT_MATCH during GetObject", True),
-        ("AWS Error UNKNOWN (HTTP status 400) during HeadObject", True),
-    ],
-)
-def test_a_store_is_asked_again_only_for_what_may_pass(tmp_path, reason, final):
-    store = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
-    place = Location(store, "file", "s3://bucket/file")
-    with pytest.raises(BadInput) as caught, place._explained():
-        raise OSError(reason)
-    assert isinstance(caught.value, StorageDown) is not final
-    assert "s3://bucket/file" in str(caught.value)
-
-
-def test_a_local_failure_is_final(place):
-    with pytest.raises(BadInput) as caught, place._explained():
-        raise OSError(errno.EIO, "Input/output error")
-    assert not isinstance(caught.value, StorageDown)
-
-
-def test_a_store_that_refuses_connections_is_down_and_may_come_back(monkeypatch):
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-    with pytest.raises(StorageDown):
-        (locate("s3://bucket/run/", "http://127.0.0.1:9") / "shard.tar").read_range(0, 10)
