@@ -303,6 +303,18 @@ def _opened(place: Location) -> NativeFile:
     return place.filesystem.open_input_file(place.path)
 
 
+def is_down(place: Location) -> bool:
+    """Whether a place's storage doesn't answer now."""
+    try:
+        place.retried(0).size()
+    except StorageDown:
+        return True
+    except BadInput:
+        # An answer, if no good one.
+        return False
+    return False
+
+
 def locate(
     uri: str,
     endpoint_url: str | None = None,

@@ -98,6 +98,8 @@ class CheckpointWriter:
         pending: how many saves may be under way; the next one waits for a free place.
         retry_seconds: for how long a write that the storage refuses is tried again.
         local_folder: where parts wait for their upload; the temporary folder if None.
+        before_record: called in the background before each record of this worker's part, without
+            which there is no commit.
         committed: called in the background after each commit, by the worker that commits.
     """
 
@@ -110,13 +112,14 @@ class CheckpointWriter:
         pending: int = 1,
         retry_seconds: float = 600.0,
         local_folder: str | None = None,
+        before_record: Callable[[], object] = lambda: None,
         committed: Callable[[Location], None] | None = None,
     ):
         self._run, self._worker_group = run, worker_group
         self._rank, self._world_size = rank, world_size
         self._retry_seconds = retry_seconds
         self._local = Path(local_folder or tempfile.gettempdir())
-        self._committed = committed
+        self._before_record, self._committed = before_record, committed
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-copy")
         self._copying: Future[tuple[Tensor, list[Tensor]]] | None = None
@@ -213,6 +216,7 @@ class CheckpointWriter:
             self._put(checkpoint / STATE, content)
             record = FileRecord(STATE, len(content), hashlib.sha256(content).hexdigest())
             part = Part((*part.files, record), part.slices)
+        self._before_record()
         self._put(checkpoint / part_file(self._rank, self._world_size), part.to_json())
         if self._rank == 0:
             self._commit(checkpoint)

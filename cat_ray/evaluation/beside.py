@@ -8,6 +8,7 @@ the training never waits for.
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 import ray
@@ -16,7 +17,7 @@ from ray.exceptions import RayError
 from cat_ray.checkpoint.layout import FOLDER, read_whole
 from cat_ray.checkpoint.retain import images_of, lease, write_best
 from cat_ray.config import Config
-from cat_ray.errors import BadInput, ExpectedError
+from cat_ray.errors import BadInput, StorageDown, StorageFull
 from cat_ray.evaluation.fid import fid
 from cat_ray.evaluation.fid_plan import planned_reals
 from cat_ray.evaluation.measurement import (
@@ -30,6 +31,7 @@ from cat_ray.evaluation.result import FRECHET, Result, differences, read_result
 from cat_ray.evaluation.sample_plan import LEASE_SECONDS
 from cat_ray.evaluation.workers import begin_work
 from cat_ray.operations.journal import MEASURED, Journal
+from cat_ray.operations.telling import Tell, Telling, at_once
 from cat_ray.storage import Location
 from cat_ray.training.elasticity import told_to_user
 from cat_ray.training.requests import stop_is_asked
@@ -102,16 +104,29 @@ def worker_seconds(result: Result, workers: Workers) -> float:
     return 0.0 if workers.spare else workers.count * sum(result.seconds.values())
 
 
+@contextmanager
+def measuring(config: Config, run: Location, session: str) -> Iterator[None]:
+    """Measures a run's checkpoints for as long as the block lasts; see `Measuring`."""
+    telling = Telling()
+    try:
+        with Measuring(config, run, session, telling.put):
+            yield
+    finally:
+        telling.close(config.storage.retry_seconds)
+
+
 class Measuring:
     """Measures from a thread, one checkpoint after the other, for as long as the block lasts.
 
     A block that ends well waits for the last checkpoint's result, unless the run is asked to stop.
+    `tell` writes down what was measured.
     """
 
-    def __init__(self, config: Config, run: Location, session: str):
+    def __init__(self, config: Config, run: Location, session: str, tell: Tell = at_once):
         asked = config.evaluation.fid
         assert asked is not None
         self._config, self._asked, self._run, self._session = config, asked, run, session
+        self._tell = tell
         self._tried = [result.subject["images"] for result in results(run)]
         self._ended, self._given_up = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._follow, name="measuring", daemon=True)
@@ -138,18 +153,27 @@ class Measuring:
         seconds = LOCAL_POLL_SECONDS if self._run.local_path else REMOTE_POLL_SECONDS
         while not self._given_up.is_set():
             # Asked before the look: what was saved until then is seen.
-            ended = self._ended.wait(seconds)
+            ended, checkpoint = self._ended.wait(seconds), None
             try:
                 checkpoint = self._due()
                 if checkpoint is not None:
                     logger.warning("%s is being measured, beside the training", checkpoint.name)
-                    self._tried.append(images_of(checkpoint.name))
                     self._measure(checkpoint)
+                    self._tried.append(images_of(checkpoint.name))
                 elif ended:
                     return
-            except ExpectedError as error:
+            except (StorageDown, StorageFull) as error:
+                # It is measured later.
+                logger.warning("not measured yet: %s", error)
+                if ended:
+                    return
+            except BadInput as error:
                 # The training goes on, and says itself what is wrong with its storage.
                 logger.warning("not measured: %s", error)
+                if checkpoint is not None:
+                    self._tried.append(images_of(checkpoint.name))
+                elif ended:
+                    return
 
     def _due(self) -> Location | None:
         folders = {images_of(folder.name): folder for folder in (self._run / FOLDER).folders()}
@@ -171,7 +195,10 @@ class Measuring:
             try:
                 result = ray.get(task)
             except RayError as error:
-                raise BadInput(f"{checkpoint.uri}: {told_to_user(error) or error}") from error
+                told = told_to_user(error)
+                if isinstance(told, (StorageDown, StorageFull)):
+                    raise told from error
+                raise BadInput(f"{checkpoint.uri}: {told or error}") from error
             best = self._best(result)
             write_best(self._run, best)
         self._write(checkpoint, result, best)
@@ -181,7 +208,7 @@ class Measuring:
         # By its own name, so that nothing is called an FID that is none.
         figures = {result.metric: figures.pop(FRECHET), **figures}
         # Not earlier: TensorBoard's import takes a while.
-        journal = Journal(self._run, self._session, None, file=MEASURED)
+        journal = Journal(self._run, self._session, None, file=MEASURED, tell=self._tell)
         journal.append(
             "measured",
             result.subject["images"],

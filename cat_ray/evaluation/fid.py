@@ -23,6 +23,7 @@ from cat_ray.evaluation.statistics import (
     statistics_of,
 )
 from cat_ray.evaluation.workers import begin_work, resources_of
+from cat_ray.folder_lock import locked
 from cat_ray.storage import Location
 
 
@@ -42,7 +43,10 @@ def fid(job: Measurement) -> tuple[Result, Location]:
         plan = planned(job, checkpoint)
         if are_there(plan):
             return read_result(plan.place()), plan.place()
-        with connected(workers.count * workers.cpus_per_worker, {}):
+        with (
+            locked(plan.samples.folder, "cat-ray fid"),
+            connected(workers.count * workers.cpus_per_worker, {}),
+        ):
             for reals in (plan.reals.moments, plan.reals.neighbours):
                 if isinstance(reals, RangeStore):
                     make_ranges(reals, workers, "real images")
@@ -55,7 +59,7 @@ def fid(job: Measurement) -> tuple[Result, Location]:
             measured = ray.get(task.remote(plan))
             result = _result(plan, *measured, speed, time.time() - began)
             write_outputs(plan)
-        plan.place().write(json.dumps(asdict(result), indent=1).encode())
+            plan.place().write(json.dumps(asdict(result), indent=1).encode())
         plan.samples.folder.delete_folder()
     return result, plan.place()
 

@@ -13,6 +13,7 @@ from cat_ray.evaluation.outputs import are_there, write_outputs
 from cat_ray.evaluation.ranges import make_ranges
 from cat_ray.evaluation.sample_plan import LEASE_SECONDS, SamplePlan, checkpoint_of, planned_samples
 from cat_ray.evaluation.statistics import statistics_of
+from cat_ray.folder_lock import locked
 from cat_ray.storage import Location
 
 
@@ -49,11 +50,14 @@ def make_samples(job: Sampling) -> tuple[SampleSet, Location]:
         plan = planned_samples(job, checkpoint)
         if are_there(plan):
             return _read(plan.place()), plan.place()
-        with connected(workers.count * workers.cpus_per_worker, {}):
+        with (
+            locked(plan.samples.folder, "cat-ray sample"),
+            connected(workers.count * workers.cpus_per_worker, {}),
+        ):
             speed = make_ranges(plan.samples, workers, "samples")
             made = _sample_set(plan, speed.per_second())
             write_outputs(plan)
-    plan.place().write(json.dumps(asdict(made), indent=1).encode())
+            plan.place().write(json.dumps(asdict(made), indent=1).encode())
     plan.samples.folder.delete_folder()
     return made, plan.place()
 

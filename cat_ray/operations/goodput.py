@@ -14,6 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
+from pydantic import TypeAdapter
+
+from cat_ray.operations.lines import Lines, read_lines
+from cat_ray.operations.telling import Tell, at_once
 from cat_ray.storage import Location
 
 LEDGER = "ledger"
@@ -62,6 +66,9 @@ class Row:
     session: str = ""
 
 
+_ROW = TypeAdapter(Row)
+
+
 class Ledger:
     """The rows of one worker of one worker group, from one thread.
 
@@ -77,9 +84,7 @@ class Ledger:
         began: when the driver began to start the group, unix time; now without it.
         clock: unix time in seconds; it must not go back.
         session: the call of the command, which may start several groups.
-
-    Raises:
-        BadInput: the storage doesn't take the rows, here or in any method that writes one.
+        tell: writes the rows; by default at once, with the storage's errors.
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class Ledger:
         began: float | None = None,
         clock: Callable[[], float] = unix_time,
         session: str = "",
+        tell: Tell = at_once,
     ):
         self._clock = clock
         now = clock()
@@ -100,11 +106,8 @@ class Ledger:
         self._seconds: dict[Bin, float] = dict.fromkeys(BINS, 0.0)
         self._open: list[Bin] = ["start"]
         self._row = Row(group, rank, workers, self._since, self._since, images, {}, session=session)
-        self._place = run / LEDGER / f"{group}-{rank:04d}.jsonl"
-        self._written = bytearray()
-        self._uploaded = -math.inf
-        if self._place.local_path is not None:
-            self._place.local_path.parent.mkdir(parents=True, exist_ok=True)
+        place = run / LEDGER / f"{group}-{rank:04d}.jsonl"
+        self._lines = Lines(place, tell, every_seconds=UPLOAD_SECONDS)
         self._append(images)
 
     def started(self) -> None:
@@ -150,32 +153,17 @@ class Ledger:
             seconds=dict(self._seconds),
             outcome=outcome,
         )
-        line = json.dumps(asdict(self._row)).encode() + b"\n"
-        local = self._place.local_path
-        if local is not None:
-            with local.open("ab") as file:
-                file.write(line)
-            return
-        self._written += line
-        if outcome is not None or self._since - self._uploaded >= UPLOAD_SECONDS:
-            self._place.write(bytes(self._written))
-            self._uploaded = self._since
+        self._lines.append(json.dumps(asdict(self._row)))
 
 
 def read_ledger(run: Location) -> list[Row]:
     """The rows of all workers of a run, none if there is no ledger yet.
 
-    Raises:
-        BadInput: the storage doesn't answer.
+    A damaged line is left out, and a warning names it.
     """
     folder = run / LEDGER
     names = sorted(name for name in folder.sizes() if name.endswith(".jsonl"))
-    return [
-        Row(**json.loads(line))
-        for name in names
-        # A killed worker may leave a last line without its end.
-        for line in (folder / name).read().split(b"\n")[:-1]
-    ]
+    return [row for name in names for row in read_lines(folder / name, _ROW.validate_json)]
 
 
 @dataclass(frozen=True)

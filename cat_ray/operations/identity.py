@@ -5,6 +5,7 @@ from typing import Any
 
 from cat_ray.config import Config, dump, flatten, parse
 from cat_ray.errors import BadInput
+from cat_ray.folder_lock import is_lock
 from cat_ray.storage import Location
 
 CONFIG_NAME = "config.resolved.yaml"
@@ -55,16 +56,25 @@ def claim(run: Location, config: Config, data_digest: str) -> None:
     """Makes the folder this run's, or makes sure that it is.
 
     Raises:
+        BadInput: as `check_claim`.
+    """
+    check_claim(run, config, data_digest)
+    (run / CONFIG_NAME).write(dump(config).encode())
+    (run / DATA_NAME).write(data_digest.encode())
+
+
+def check_claim(run: Location, config: Config, data_digest: str) -> None:
+    """Makes sure that a folder is this run's, or empty.
+
+    Raises:
         BadInput: it belongs to another configuration or to other data, or holds something else.
     """
     place = run / CONFIG_NAME
     if place.exists():
         known = (run / DATA_NAME).read().decode() if (run / DATA_NAME).exists() else data_digest
         check_same(run, config, ["the shards hold other samples"] * (known != data_digest))
-    elif run.sizes() or run.folders():
+    elif run.folders() or not all(is_lock(name) for name in run.sizes()):
         raise BadInput(f"{run.uri} isn't empty and holds no run: choose another run.folder")
-    place.write(dump(config).encode())
-    (run / DATA_NAME).write(data_digest.encode())
 
 
 def check_same(run: Location, config: Config, others: Sequence[str] = ()) -> None:

@@ -5,6 +5,7 @@ can't reach the run's folder reads in the log which checkpoint a run stopped wit
 """
 
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +14,16 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from cat_ray.checkpoint.retain import images_of
-from cat_ray.errors import BadInput, RunFailed, Unfinished
+from cat_ray.errors import ExpectedError, StorageDown, StorageFull
 from cat_ray.storage import Location
 
 OUTCOME = "outcome.json"
 EXIT_CODES = {"finished": 0, "failed": 1, "bad input": 2, "unfinished": 75}
 
 End = Literal["finished", "failed", "bad input", "unfinished"]
+END_OF: dict[int, End] = {1: "failed", 2: "bad input", 75: "unfinished"}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,14 @@ def outcome_written(run: Location, images: Callable[[], int]) -> Iterator[None]:
     forget_outcome(run)
     try:
         yield
-    except BadInput as error:
-        write_outcome(run, "bad input", images(), str(error))
-        raise
-    except Unfinished as error:
-        write_outcome(run, "unfinished", images(), str(error))
-        raise
-    except RunFailed as error:
-        write_outcome(run, "failed", images(), str(error))
+    except ExpectedError as error:
+        # A storage that is down has been waited for by then.
+        down = isinstance(error, (StorageDown, StorageFull))
+        place = run.retried(0) if down else run
+        try:
+            write_outcome(place, END_OF[error.exit_code], images(), str(error))
+        except ExpectedError as failure:
+            logger.warning("%s is not written: %s", OUTCOME, failure)
         raise
     write_outcome(run, "finished", images())
 

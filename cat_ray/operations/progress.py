@@ -1,6 +1,7 @@
 """Shows a running job: a bar on a terminal, plain lines in a job's log."""
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -9,11 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from cat_ray.errors import ExpectedError
 from cat_ray.operations.journal import EVENT, Row, read_rows
 from cat_ray.storage import Location
 
 LOCAL_POLL_SECONDS = 0.5
 REMOTE_POLL_SECONDS = 5.0
+
+logger = logging.getLogger(__name__)
 
 
 def describe(row: Row, total_images: int) -> str | None:
@@ -68,7 +72,7 @@ class Progress:
         total_images: int,
         also: Callable[[Sequence[Row], bool], None] = lambda rows, last: None,
     ):
-        self._run = run
+        self._run = run.retried(0)
         self._also = also
         self._session = session
         self._total_images = total_images
@@ -109,7 +113,13 @@ class Progress:
             self._show()
 
     def _show(self, last: bool = False) -> None:
-        rows = read_rows(self._run)
+        try:
+            rows = read_rows(self._run)
+        except ExpectedError as error:
+            # The next look may succeed, and the training is what matters.
+            level = logging.WARNING if last else logging.DEBUG
+            logger.log(level, "the run's figures can't be shown: %s", error)
+            return
         self._also(rows, last)
         for row in rows:
             # After a restart some rows are gone and others come in their place.

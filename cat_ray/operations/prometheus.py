@@ -13,7 +13,7 @@ from typing import Literal
 
 from ray.util.metrics import Counter, Gauge
 
-from cat_ray.errors import BadInput
+from cat_ray.errors import ExpectedError
 from cat_ray.operations.cost import beside_seconds_of, bill, summarise
 from cat_ray.operations.goodput import Row as LedgerRow
 from cat_ray.operations.goodput import groups_of, read_ledger
@@ -129,7 +129,7 @@ class Exported:
     """
 
     def __init__(self, run: Location, session: str, batch_size: int, price_per_hour: float | None):
-        self._run, self._session = run, session
+        self._run, self._session = run.retried(0), session
         self._batch_size, self._price = batch_size, price_per_hour
         self._metrics: dict[str, Counter | Gauge] = {}
         self._counted: dict[str, float] = {}
@@ -162,7 +162,7 @@ class Exported:
         try:
             ledger = read_ledger(self._run)
             self._ledger = list(points_of_ledger(ledger, self._price, beside_seconds))
-        except BadInput as error:
+        except ExpectedError as error:
             # The next look may succeed, and the training is what matters.
             logger.debug("the ledger can't be read for the metrics: %s", error)
         ended = time.monotonic()

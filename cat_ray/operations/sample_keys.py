@@ -12,19 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cat_ray.operations.lines import Lines
+from cat_ray.operations.telling import Tell, at_once
 from cat_ray.storage import Location
 
 SAMPLES = "samples"
 
 
 class SampleKeys:
-    """One worker's record, from its worker group's start."""
+    """One worker's record, from its worker group's start; `tell` writes its rows."""
 
-    def __init__(self, run: Location, worker_group: str, rank: int):
-        self._place = run / SAMPLES / f"{worker_group}-{rank:04d}.jsonl"
-        self._rows: list[str] = []
-        if self._place.local_path is not None:
-            self._place.local_path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, run: Location, worker_group: str, rank: int, tell: Tell = at_once):
+        self._lines = Lines(run / SAMPLES / f"{worker_group}-{rank:04d}.jsonl", tell)
 
     def add(self, images: int, lanes: range, keys: np.ndarray, noise: np.ndarray) -> None:
         """A step's samples and latents, lane after lane; `images` seen before it."""
@@ -34,14 +33,7 @@ class SampleKeys:
             lane: [hashlib.sha256(noise_of[place].tobytes()).hexdigest()[:16], *keys_of[place]]
             for place, lane in enumerate(lanes)
         }
-        row = json.dumps({"images": images, "lanes": by_lane})
-        if self._place.local_path is not None:
-            with self._place.local_path.open("a") as file:
-                file.write(row + "\n")
-            return
-        # Whole, at every step: what a killed worker did must be known.
-        self._rows.append(row + "\n")
-        self._place.write("".join(self._rows).encode())
+        self._lines.append(json.dumps({"images": images, "lanes": by_lane}))
 
 
 @dataclass(frozen=True)

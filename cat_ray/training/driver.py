@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 
@@ -29,7 +30,8 @@ from cat_ray.data.stream import (
     stream_of,
 )
 from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished, last_line
-from cat_ray.operations.identity import claim
+from cat_ray.folder_lock import locked
+from cat_ray.operations.identity import check_claim, claim
 from cat_ray.operations.outcome import outcome_written, stopped_with
 from cat_ray.operations.progress import Progress
 from cat_ray.operations.prometheus import Exported
@@ -78,32 +80,44 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
     index = _checked_index(config, shards)
     config = _at(pinned(config, run), run, shards)
     begins = check_beginning(config, run)
-    claim(run, config, index.digest())
-    forget_stop(run)
+    check_claim(run, config, index.digest())
+    with locked(run, "cat-ray train"):
+        claim(run, config, index.digest())
+        forget_stop(run)
+        with outcome_written(run, lambda: _images(run)):
+            _train(config, run, shards, index, begins, faults)
+            # Not above: it imports matplotlib.
+            from cat_ray.operations.report import write_report
 
+            return write_report(run)
+
+
+def _train(
+    config: Config,
+    run: Location,
+    shards: Location,
+    index: Index,
+    begins: bool,
+    faults: Sequence[Fault],
+) -> None:
     def still_due() -> Due:
         # Ray Train calls this in its controller whenever a worker group starts: here, and only
         # here, it is decided which checkpoint all workers go on from.
         return _still_due(config, run, shards, index)
 
+    if still_due().start >= config.run.total_images:
+        logger.warning("%s was trained to its end before: nothing is left to do", run.uri)
+        return
     session = uuid.uuid4().hex[:8]
-    with outcome_written(run, lambda: _images(run)):
-        if still_due().start >= config.run.total_images:
-            logger.warning("%s was trained to its end before: nothing is left to do", run.uri)
-        else:
-            # Ray sets a handler for SIGTERM as it starts: ours comes after it.
-            exported = _exported(config, run, session)
-            progress = Progress(run, session, config.run.total_images, exported.update)
-            measuring = _measuring(config, run, session)
-            weights = _kept(config) if begins else contextlib.nullcontext()
-            # Ray and the workers' imports take a while.
-            logger.warning("%s: starting up to %d workers", run.uri, config.workers.maximum)
-            with cluster(config), _stopping(run), progress, measuring, weights:
-                _fit(config, run, session, still_due, faults)
-    # As above.
-    from cat_ray.operations.report import write_report
-
-    return write_report(run)
+    # Ray sets a handler for SIGTERM as it starts: ours comes after it.
+    exported = _exported(config, run, session)
+    progress = Progress(run, session, config.run.total_images, exported.update)
+    measuring = _measuring(config, run, session)
+    weights = _kept(config) if begins else contextlib.nullcontext()
+    # Ray and the workers' imports take a while.
+    logger.warning("%s: starting up to %d workers", run.uri, config.workers.maximum)
+    with cluster(config), _stopping(run), progress, measuring, weights:
+        _fit(config, run, session, still_due, faults)
 
 
 def _still_due(config: Config, run: Location, shards: Location, index: Index) -> Due:
@@ -243,10 +257,10 @@ def _measuring(
     if config.evaluation.fid is None:
         return contextlib.nullcontext()
     # Not above: Ray Train's controller needn't wait for it.
-    from cat_ray.evaluation.beside import Measuring, check
+    from cat_ray.evaluation.beside import check, measuring
 
     check(config, run)
-    return Measuring(config, run, session)
+    return measuring(config, run, session)
 
 
 @contextlib.contextmanager
@@ -260,7 +274,8 @@ def _stopping(run: Location) -> Iterator[None]:
         logger.warning(
             "%s: saving, then stopping; once more to stop at once", signal.Signals(number).name
         )
-        ask_to_stop(run)
+        # The storage may not answer for a while: no handler waits for it.
+        threading.Thread(target=ask_to_stop, args=(run,), name="stop", daemon=True).start()
 
     before = {known: signal.signal(known, stop) for known in (signal.SIGTERM, signal.SIGINT)}
     try:

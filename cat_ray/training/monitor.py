@@ -3,6 +3,8 @@
 Every worker calls every method; the first one writes.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import distributed
 
@@ -13,7 +15,6 @@ from cat_ray.evaluation.classifier import Reference, fit_reference, measure
 from cat_ray.evaluation.grid import stage_grid, to_png
 from cat_ray.evaluation.sampling import latents, sample_stages, to_pixels, to_unit
 from cat_ray.operations.journal import Journal
-from cat_ray.storage import Location
 from cat_ray.training.averaging import Averages
 from cat_ray.training.reals import RealsMaker
 
@@ -25,19 +26,22 @@ DECODED_TOGETHER = 16
 
 
 class Monitor:
-    """Samples with the first of the averages; `journal` is the first worker's only."""
+    """Samples with the first of the averages; `journal` is the first worker's only.
+
+    `publish` takes a file's path in the run's folder and its bytes.
+    """
 
     def __init__(
         self,
         config: Config,
-        run: Location,
         due: Due,
         averages: Averages,
         reals: RealsMaker,
         device: torch.device,
         journal: Journal | None,
+        publish: Callable[[str, bytes], None],
     ):
-        self._config, self._run, self._due = config, run, due
+        self._config, self._due, self._publish = config, due, publish
         self._averages, self._reals = averages, reals
         self._device, self._journal = device, journal
         self._reference: Reference | None = None
@@ -49,7 +53,7 @@ class Monitor:
         outputs = self._sample(range(count), torch.arange(count) % columns)
         if self._journal is not None:
             picture = to_png(stage_grid(self._visible(outputs), columns))
-            (self._run / GRIDS / f"images-{images:012d}.png").write(picture)
+            self._publish(f"{GRIDS}/images-{images:012d}.png", picture)
 
     def evaluate(self, images: int) -> None:
         """Measures samples against the real images, as the protocol says."""

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 from torch import distributed
 
@@ -25,6 +26,8 @@ RECENT_SAVES = 5
 class Saver:
     """One worker's saves, from its worker group's start.
 
+    `flush` waits, at most so many seconds, until what was told of the run is in its folder.
+
     Attributes:
         images: images seen at the last save that was begun, or that the group started from.
         writer: of this worker's own part.
@@ -37,9 +40,10 @@ class Saver:
         due: Due,
         state: TrainingState,
         agreement: Agreement,
+        flush: Callable[[float], object] = lambda seconds: None,
     ):
         self._config, self._run, self._due = config, run, due
-        self._state, self._agreement = state, agreement
+        self._state, self._agreement, self._flush = state, agreement, flush
         self._recent: deque[SaveTimes] = deque(maxlen=RECENT_SAVES)
         self.images = due.start
         self.writer = self._writer_for(distributed.get_rank(), due.worker_group)
@@ -106,6 +110,8 @@ class Saver:
             checkpoints.pending_saves,
             checkpoints.retry_seconds,
             checkpoints.local_folder,
+            # Whoever goes on from a checkpoint finds all that was told until then.
+            before_record=lambda: self._flush(checkpoints.retry_seconds),
             committed=lambda checkpoint: drop_old(
                 self._run, checkpoints.keep, checkpoints.keep_every_images, checkpoint
             ),

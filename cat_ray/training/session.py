@@ -16,11 +16,13 @@ from cat_ray.checkpoint.write import Saved
 from cat_ray.config import Config
 from cat_ray.data.read import Batch
 from cat_ray.data.stream import RankStream
-from cat_ray.errors import BadInput, GaveWay
+from cat_ray.errors import BadInput, GaveWay, StorageDown, StorageFull
 from cat_ray.operations.goodput import Bin, Ledger
 from cat_ray.operations.journal import EVENT, Journal
 from cat_ray.operations.sample_keys import SampleKeys
+from cat_ray.operations.telling import Telling
 from cat_ray.operations.trackers import start_trackers
+from cat_ray.storage import is_down
 from cat_ray.training.agreement import Agreement
 from cat_ray.training.cloud_notices import cloud_source
 from cat_ray.training.elasticity import RayDrain, drain_node, on_head_node
@@ -80,6 +82,7 @@ class Session:
         self._parts = micro_batches(
             optimisation.lanes, world_size, rank, optimisation.micro_batch_lanes
         )
+        self._telling = Telling()
         self._ledger = Ledger(
             self._run,
             group,
@@ -88,6 +91,7 @@ class Session:
             self.images,
             began=stream.due.began,
             session=name,
+            tell=self._telling.put,
         )
         checkpoint = stream.due.checkpoint
         storage = config.storage
@@ -100,13 +104,28 @@ class Session:
         self.averages = self._state.averages
         self.reals = RealsMaker(config, stream.due.reading, self.device)
         self._agreement = Agreement()
-        self._saver = Saver(config, self._run, stream.due, self._state, self._agreement)
-        self._watchdog = Watchdog(config.workers.stall_seconds, end_process(self._run, rank))
+        self._saver = Saver(
+            config, self._run, stream.due, self._state, self._agreement, self._telling.flush
+        )
+        # Shards and run may lie on different servers: either's outage is no stall.
+        places = (self._run, stream.due.reading.folder)
+        self._watchdog = Watchdog(
+            config.workers.stall_seconds,
+            end_process(self._run, rank),
+            excused=lambda: any(is_down(place) for place in places),
+        )
         self._journal = self._open_journal(name) if rank == 0 else None
         self._monitor = Monitor(
-            config, self._run, stream.due, self.averages, self.reals, self.device, self._journal
+            config,
+            stream.due,
+            self.averages,
+            self.reals,
+            self.device,
+            self._journal,
+            lambda name, picture: self._telling.put(lambda: (self._run / name).write(picture)),
         )
-        self._keys = SampleKeys(self._run, group, rank) if config.reporting.sample_keys else None
+        asked = config.reporting.sample_keys
+        self._keys = SampleKeys(self._run, group, rank, self._telling.put) if asked else None
         self.recorder = Recorder(self.device, config.optimisation.batch_size)
         self._around = ExitStack()
 
@@ -131,6 +150,9 @@ class Session:
         self._ledger.close(self.images, outcome)
         if self._journal is not None:
             self._journal.close()
+        # What failed because the storage is down has waited for it long enough.
+        down = kind is not None and issubclass(kind, (StorageDown, StorageFull))
+        self._telling.close(0.0 if down else self.config.storage.retry_seconds)
         self._around.close()
 
     def batches(self) -> Iterator[Batch]:
@@ -302,7 +324,7 @@ class Session:
 
     def _open_journal(self, name: str) -> Journal:
         trackers = start_trackers(self.config.reporting.trackers, self._run)
-        return Journal(self._run, name, self.images, trackers)
+        return Journal(self._run, name, self.images, trackers, tell=self._telling.put)
 
     @contextmanager
     def _aside(self, bin: Bin) -> Iterator[None]:

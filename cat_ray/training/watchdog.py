@@ -28,6 +28,7 @@ class Watchdog:
     Args:
         stall_seconds: how long a step may take.
         on_stall: is told the stacks of all threads, once, in the watchdog's thread.
+        excused: is asked before; if it says yes the step has its full allowance once more.
         clock: seconds that never go back.
     """
 
@@ -36,10 +37,11 @@ class Watchdog:
         stall_seconds: float,
         on_stall: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        excused: Callable[[], bool] = lambda: False,
     ):
         self._stall_seconds = stall_seconds
         self._on_stall = on_stall
-        self._clock = clock
+        self._clock, self._excused = clock, excused
         self._interval = stall_seconds / LOOKS
         self._looked = clock()
         self._beaten: float | None = None
@@ -92,6 +94,10 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._left.wait(self._interval):
             if self.look():
+                if self._excused():
+                    with self._lock:
+                        self._renew(self._clock())
+                    continue
                 told = f"no training step ended within {self._stall_seconds:g} seconds\n\n"
                 self._on_stall(told + stacks())
                 return

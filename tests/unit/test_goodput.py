@@ -3,7 +3,7 @@
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -178,21 +178,34 @@ def test_a_line_that_a_kill_cut_off_is_left_out_wherever_it_was_cut(run, tmp_pat
         assert read_ledger(run) == whole
 
 
-def test_on_an_object_store_rows_arrive_every_few_seconds_and_at_the_end(remote, clock):
-    ledger = Ledger(remote, "a", 0, 1, 0, clock=clock)
-    assert len(read_ledger(remote)) == 1
-    for _ in range(3):
-        clock.wait(UPLOAD_SECONDS / 4)
-        ledger.note(8)
-        assert len(read_ledger(remote)) == 1
-    clock.wait(UPLOAD_SECONDS / 4)
-    ledger.note(16)
-    assert [each.images for each in read_ledger(remote)] == [0, 8, 8, 8, 16]
-    ledger.note(24)
+def test_on_an_object_store_the_whole_file_is_put_every_few_seconds_at_most(remote, clock):
+    asked: list[float] = []
+
+    def tell(act: Callable[[], None], key: object = None, every_seconds: float = 0.0) -> None:
+        asked.append(every_seconds)
+        act()
+
+    ledger = Ledger(remote, "a", 0, 1, 0, clock=clock, tell=tell)
+    for images in (8, 16, 24):
+        clock.wait(1)
+        ledger.note(images)
     ledger.close(24, "finished")
     rows = read_ledger(remote)
-    assert [each.images for each in rows] == [0, 8, 8, 8, 16, 24, 24]
-    assert [each.outcome for each in rows] == [None] * 6 + ["finished"]
+    assert [each.images for each in rows] == [0, 8, 16, 24, 24]
+    assert [each.outcome for each in rows] == [None] * 4 + ["finished"]
+    assert asked == [UPLOAD_SECONDS] * 5
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"[]", b'{"group": "a"}', b"\xff", b'{"group": 3, "rank": 0}']
+)
+def test_a_damaged_line_is_left_out_and_named(run, clock, caplog, line):
+    Ledger(run, "a", 0, 1, 0, clock=clock).note(8)
+    whole = read_ledger(run)
+    place = run / LEDGER / "a-0000.jsonl"
+    place.write(line + b"\n" + place.read())
+    assert read_ledger(run) == whole
+    assert f"{place.uri}: line 1 is damaged" in caplog.text
 
 
 def test_a_clock_that_is_set_back_takes_no_time_away(monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cat_ray.errors import StorageDown
 from cat_ray.operations import prometheus
 from cat_ray.operations.goodput import BINS, LEDGER
 from cat_ray.operations.goodput import Row as LedgerRow
@@ -176,7 +177,7 @@ def test_counters_grow_by_what_came_and_gauges_are_set_every_time(exported, run)
 
 def test_a_ledger_that_can_not_be_read_ends_nothing(exported, run, monkeypatch) -> None:
     def refuses(run: Location) -> list[LedgerRow]:
-        raise prometheus.BadInput("the storage doesn't answer")
+        raise StorageDown("the storage doesn't answer")
 
     write(run, LEDGER_ROWS)
     exported.update([])

@@ -119,7 +119,9 @@ def test_kills_and_restarts_change_nothing_in_what_a_run_is_trained_on(data):
             stops = [min(killed + more, total) * batch for more in ahead]
             train(stream, run, group, start * batch, stops)
             rank = data.draw(st.integers(0, world_size))
-            with Path(f"{folder}/run/{SAMPLES}/{group}-{rank:04d}.jsonl").open("ab") as file:
+            path = Path(f"{folder}/run/{SAMPLES}/{group}-{rank:04d}.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
                 file.write(CUT)
             # The newest sound checkpoint: after any step that is done.
             start = data.draw(st.integers(0, killed))
