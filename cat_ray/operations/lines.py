@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,9 +32,14 @@ def read_lines(place: Location, parse: Callable[[bytes], T]) -> list[T]:
         try:
             values.append(parse(line))
         except (ValueError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
-            logger.warning("%s: line %d is damaged (%s), left out", place.uri, number, reason)
+            _warn_once(f"{place.uri}: line {number} is damaged ({str(error).splitlines()[0]})")
     return values
+
+
+@cache
+def _warn_once(told: str) -> None:
+    # A running job's files are read again and again.
+    logger.warning("%s, left out", told)
 
 
 class Lines:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from cat_ray.errors import ExpectedError
+from cat_ray.errors import ExpectedError, printable
 from cat_ray.operations.journal import EVENT, Row, read_rows
 from cat_ray.storage import Location
 
@@ -127,8 +127,12 @@ class Progress:
             if row["session"] != self._session or text in self._shown:
                 continue
             self._shown.add(text)
-            line = describe(row, self._total_images)
+            try:
+                line = describe(row, self._total_images)
+            except (KeyError, TypeError, ValueError) as error:
+                logger.debug("a row that can't be shown: %r", error)
+                continue
             if line is not None:
-                self._console.print(line)
+                self._console.print(printable(line), markup=False)
             if row["kind"] != "measured":
                 self._bar.update(self._task, completed=row["images"])

@@ -1,5 +1,6 @@
 """What a person sees of a run: a line for each row, and all that is done again told again."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -202,3 +203,24 @@ def test_who_else_wants_them_is_told_all_rows_and_when_it_is_over(run, shown):
         shown("32 images")
     assert told[-1] == ([16, 32], True)
     assert [last for _, last in told] == [False] * (len(told) - 1) + [True]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"kind": "train"}, {"kind": "checkpoint"}, {"kind": "measured", "best": 3}, {"kind": "new"}],
+)
+def test_a_row_of_something_else_ends_nothing(run, capsys, values):
+    journal = Journal(run, "a", 0)
+    foreign = {"session": "a", "images": 32, **values}
+    (run / METRICS).write(json.dumps(foreign).encode() + b"\n")
+    with Progress(run, "a", 64):
+        journal.append(EVENT, 64, message="goes on")
+    assert "goes on" in capsys.readouterr().out
+
+
+def test_names_from_the_data_reach_no_terminal_as_commands(run, capsys):
+    with Progress(run, "a", 64):
+        Journal(run, "a", 0).append("broken", 32, samples=["\x1b]0;title\x07a.tar: [bold]x[/bold]"])
+    shown = capsys.readouterr().out
+    assert "\\x1b]0;title\\x07a.tar: [bold]x[/bold]" in shown
+    assert "\x1b]" not in shown
