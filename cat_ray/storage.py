@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,8 +18,9 @@ from cat_ray.errors import BadInput, NotFound, StorageDown
 from cat_ray.storage_errors import explain, retry
 
 CONNECT_SECONDS = 5.0
-REQUEST_SECONDS = 60.0
-ATTEMPTS = 4
+# Without a byte; with all attempts it is how late an outage may be noticed at all.
+REQUEST_SECONDS = 20.0
+ATTEMPTS = 3
 OPEN_FILES = 256
 BUFFER_BYTES = 4 << 20
 REMOTE_FORMS = ("s3://bucket/key", "gs://bucket/key", "abfss://container@account/key")
@@ -79,7 +81,7 @@ class Location:
 
     def size(self) -> int | None:
         """Bytes of the file, or None if there is none."""
-        info = self._ask(lambda: self.filesystem.get_file_info(self.path))
+        info = self._look(lambda info: info.type == fs.FileType.File and not info.size)
         return info.size if info.type == fs.FileType.File else None
 
     def exists(self) -> bool:
@@ -88,7 +90,7 @@ class Location:
 
     def is_folder(self) -> bool:
         """Whether there is a folder here; on an object store, anything below."""
-        info = self._ask(lambda: self.filesystem.get_file_info(self.path))
+        info = self._look(lambda info: info.type == fs.FileType.NotFound)
         return info.type == fs.FileType.Directory
 
     def read(self) -> bytes:
@@ -99,13 +101,18 @@ class Location:
         """
 
         def read() -> bytes:
-            with self.filesystem.open_input_file(self.path) as file:
-                size, content = file.size(), file.read()
-            if len(content) != size:
-                raise StorageDown(f"{self.uri}: {len(content)} of {size} bytes were sent")
-            return content
+            for _ in range(ATTEMPTS):
+                with self.filesystem.open_input_file(self.path) as file:
+                    size, content = file.size(), file.read()
+                if len(content) < size:
+                    raise StorageDown(f"{self.uri}: {len(content)} of {size} bytes were sent")
+                # Of a file that was replaced by a longer one since Arrow asked for its size, this
+                # is the beginning.
+                if self.local_path or self.filesystem.get_file_info(self.path).size == size:
+                    return content
+            raise StorageDown(f"{self.uri} changed each time while it was read")
 
-        return self._ask(read)
+        return self._ask(lambda: self._surely(read, lambda content: not content))
 
     def read_range(self, begin: int, end: int) -> bytes:
         """Some of the file's bytes. The file is held open, so that it must not change.
@@ -132,8 +139,10 @@ class Location:
     @contextmanager
     def opened(self) -> Iterator[IO[bytes]]:
         """The file, for those who want to seek in it; each read is retried."""
-        file = self._ask(lambda: self.filesystem.open_input_file(self.path))
-        with file, io.BufferedReader(_Retried(self, file), BUFFER_BYTES) as buffered:
+        with (
+            self._ask(self._open) as file,
+            io.BufferedReader(_Retried(self, file), BUFFER_BYTES) as buffered,
+        ):
             yield buffered
 
     def files_below(self) -> dict[str, int]:
@@ -159,26 +168,33 @@ class Location:
     def written(self) -> Iterator[NativeFile]:
         """A file to be written piece by piece; on a local disk it is in place once it is whole.
 
-        What is written can't be written again: nothing is retried.
+        What is written can't be written again: nothing is retried. If the block fails, there is no
+        file in an object store.
         """
-        with (
-            self._explained(),
-            self._put_in_place() as target,
-            self.filesystem.open_output_stream(target) as file,
-        ):
-            yield file
+        try:
+            with (
+                self._explained(),
+                self._put_in_place() as target,
+                self.filesystem.open_output_stream(target) as file,
+            ):
+                yield file
+        except BaseException:
+            if self.local_path is None:
+                # Arrow completes the upload even so.
+                self.delete()
+            raise
 
     def upload(self, source: Path) -> None:
         """Copies a local file here, in pieces; in place at once, as `write`."""
 
         def upload() -> None:
-            with self._put_in_place() as target:
-                fs.copy_files(
-                    str(source),
-                    target,
-                    source_filesystem=fs.LocalFileSystem(),
-                    destination_filesystem=self.filesystem,
-                )
+            # Not Arrow's `copy_files`: it says nothing where the last requests of an upload fail.
+            with (
+                source.open("rb") as content,
+                self._put_in_place() as target,
+                self.filesystem.open_output_stream(target) as file,
+            ):
+                shutil.copyfileobj(content, file, BUFFER_BYTES)
 
         self._ask(upload)
 
@@ -244,7 +260,27 @@ class Location:
                 # It came into being while Arrow looked: now it is there.
                 return self.filesystem.get_file_info(selector)
 
-        return self._ask(listed)
+        return self._ask(lambda: self._surely(listed, lambda found: not found))
+
+    def _look(self, is_empty: Callable[[fs.FileInfo], bool]) -> fs.FileInfo:
+        def look() -> fs.FileInfo:
+            return self.filesystem.get_file_info(self.path)
+
+        return self._ask(lambda: self._surely(look, is_empty))
+
+    def _open(self) -> NativeFile:
+        def opened() -> NativeFile:
+            return self.filesystem.open_input_file(self.path)
+
+        return self._surely(opened, lambda file: not file.size())
+
+    def _surely(self, ask: Callable[[], T], is_empty: Callable[[T], bool]) -> T:
+        """Asks an object store once more where it says that there is nothing.
+
+        Of an answer that is cut off in its head Arrow makes an empty one.
+        """
+        answer = ask()
+        return ask() if self.local_path is None and is_empty(answer) else answer
 
     def _ask(self, operation: Callable[[], T]) -> T:
         def once() -> T:
@@ -300,7 +336,7 @@ class _Retried(io.RawIOBase):
 @lru_cache(maxsize=OPEN_FILES)
 def _opened(place: Location) -> NativeFile:
     # Opening asks an object store for the size: once for a file, not for every part of it.
-    return place.filesystem.open_input_file(place.path)
+    return place._open()
 
 
 def is_down(place: Location) -> bool:
@@ -363,6 +399,8 @@ def _s3(endpoint: SplitResult | None, region: str | None) -> fs.FileSystem:
         connect_timeout=CONNECT_SECONDS,
         request_timeout=REQUEST_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        # Not `allow_delayed_open`: there a failed first request is followed by one that puts a part
+        # of the file in place.
     )
 
 

@@ -17,15 +17,16 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from schedule import kind_of, schedule
 
 HEAD_BYTES = 1 << 16
 BLOCK_BYTES = 1 << 16
-DRIP_BYTES, DRIP_SECONDS, FIRST_DRIP_SECONDS = 8192, 0.05, 0.3
+DRIP_BYTES, DRIP_SECONDS, FIRST_DRIP_SECONDS = 1 << 14, 0.05, 0.3
 # Faults in which the server is asked; None is none.
-PASSED_ON = (None, "killed", "slow", "cut answer", "cut request")
+PASSED_ON = (None, "killed", "slow", "cut answer", "cut head", "cut request")
 CODES = {500: "InternalError", 503: "SlowDown", 409: "OperationAborted"}
 
 
@@ -117,21 +118,26 @@ class Proxy:
                     break
         except (Cut, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             reset(writer)
+        except asyncio.CancelledError:
+            # The proxy ends.
+            return
         finally:
             self._open.discard(writer)
             writer.close()
 
-    def _befalls(self, kind: str) -> str | None:
+    def _befalls(self, kind: str) -> tuple[str | None, Callable[[], bool]]:
+        """The fault that a request meets, and whether it lasts."""
         for aimed in self._aimed:
             if aimed[0] in (kind, "any"):
                 self._aimed.remove(aimed)
-                return aimed[1]
-        return self._fault()
+                return aimed[1], lambda: True
+        fault = self._fault()
+        return fault, lambda: self._fault() == fault
 
     async def _exchange(self, request: Request, reader: StreamReader, writer: StreamWriter) -> bool:
         """One request; whether the client's connection can be used again."""
         kind = kind_of(request.method, request.target)
-        fault = self._befalls(kind)
+        fault, lasts = self._befalls(kind)
         server = None
         if fault in PASSED_ON:
             with suppress(OSError):
@@ -153,7 +159,7 @@ class Proxy:
             raise Cut
         from_server, to_server = server
         self._open.add(to_server)
-        hand_on = drip if fault == "slow" else hand_on_at_once
+        hand_on = partial(drip, lasts) if fault == "slow" else hand_on_at_once
         try:
             await _ask(request, fault, reader, to_server, hand_on)
             return await _answer(request, fault, from_server, writer, hand_on)
@@ -206,11 +212,17 @@ async def _answer(
     head = await from_server.readuntil(b"\r\n\r\n")
     length = header(head, "content-length")
     head = re.sub(rb"(?i)\r\nconnection: *close", b"", head)
+    if fault == "cut head":
+        # Its first line alone: curl takes that for a whole answer.
+        writer.write(head[: head.index(b"\r\n") + 2])
+        await writer.drain()
+        return False
     if fault == "cut answer":
         content = await from_server.read(-1)
         writer.write(head + content[: len(content) // 2] if content else head[: len(head) // 2])
         await writer.drain()
         return False
+    await asyncio.sleep(FIRST_DRIP_SECONDS if fault == "slow" else 0)
     await hand_on(head, writer)
     passed = 0
     while block := await from_server.read(BLOCK_BYTES):
@@ -231,12 +243,11 @@ async def hand_on_at_once(block: bytes, writer: StreamWriter) -> None:
     await writer.drain()
 
 
-async def drip(block: bytes, writer: StreamWriter) -> None:
-    """Writes a block late, and in small pieces."""
-    await asyncio.sleep(FIRST_DRIP_SECONDS)
+async def drip(lasts: Callable[[], bool], block: bytes, writer: StreamWriter) -> None:
+    """Writes a block in small pieces, for as long as the fault lasts."""
     for begin in range(0, len(block), DRIP_BYTES):
         await hand_on_at_once(block[begin : begin + DRIP_BYTES], writer)
-        await asyncio.sleep(DRIP_SECONDS)
+        await asyncio.sleep(DRIP_SECONDS if lasts() else 0)
 
 
 async def read_request(reader: StreamReader) -> Request | None:

@@ -16,7 +16,7 @@ KINDS = (
     ("grid", r"/grids/"),
     ("tensorboard", r"/tensorboard/"),
     ("samples", r"/samples/"),
-    ("lease", r"/[^/]*lease[^/]*\.json$"),
+    ("lease", r"/(\.lock|lease)-[^/]*\.json$"),
     ("outcome", r"/outcome\.json$"),
     ("stop", r"/stop$"),
     ("identity", r"/(config\.resolved\.yaml|data\.sha256)$"),

@@ -4,9 +4,10 @@ import errno
 import os
 import threading
 from pathlib import Path
+from typing import IO
 
 import pytest
-from pyarrow import fs
+from pyarrow import NativeFile
 
 from cat_ray import storage, storage_errors
 from cat_ray.errors import BadInput, StorageDown, StorageFull
@@ -251,11 +252,11 @@ def test_an_upload_that_fails_leaves_what_was_there(place, tmp_path, monkeypatch
     if before is not None:
         (place / "file").write(before)
 
-    def breaks_off(_: str, target: str, **__: fs.FileSystem) -> None:
-        Path(target).write_bytes(b"new")
+    def breaks_off(content: IO[bytes], file: NativeFile, _: int) -> None:
+        file.write(content.read(3))
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(storage.fs, "copy_files", breaks_off)
+    monkeypatch.setattr(storage.shutil, "copyfileobj", breaks_off)
     with pytest.raises(StorageDown, match=r"storage failed at .*/file"):
         (place / "file").upload(source)
     assert files(tmp_path) == ({} if before is None else {"file": before})
