@@ -12,6 +12,7 @@ import typer
 
 from cat_ray.errors import BadInput, ExpectedError, last_line, printable
 from cat_ray.storage import Location
+from cat_ray.storage_errors import no_space_left
 
 INTERRUPTED = 130
 DEBUG = threading.Event()
@@ -86,10 +87,19 @@ def speaking_plainly() -> Iterator[None]:
         _end(error, str(error), error.exit_code)
     except KeyboardInterrupt as error:
         _end(error, "interrupted", INTERRUPTED)
+    except OSError as error:
+        full = no_space_left(error)
+        if full is None:
+            _end_unexpected(error)
+        _end(error, str(full), full.exit_code)
     except Exception as error:
-        told = f"unexpected {type(error).__name__}: {last_line(error)}"
-        advice = "run it again as `cat-ray --debug ...` for the traceback, and report it"
-        _end(error, f"{told} ({advice})", ExpectedError.exit_code)
+        _end_unexpected(error)
+
+
+def _end_unexpected(error: Exception) -> NoReturn:
+    told = f"unexpected {type(error).__name__}: {last_line(error)}"
+    advice = "run it again as `cat-ray --debug ...` for the traceback, and report it"
+    _end(error, f"{told} ({advice})", ExpectedError.exit_code)
 
 
 def _end(error: BaseException, message: str, exit_code: int) -> NoReturn:
