@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from cat_ray.checkpoint.retain import images_of
+from cat_ray.checkpoint.layout import images_of
 from cat_ray.errors import BadInput, RunFailed, Unfinished
 from cat_ray.storage import Location
 
