@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -81,6 +81,11 @@ class Location:
         """Bytes of the file, or None if there is none."""
         info = self._ask(lambda: self.filesystem.get_file_info(self.path))
         return info.size if info.type == fs.FileType.File else None
+
+    def modified(self) -> float | None:
+        """Unix time of the file's last change, or None if there is none."""
+        info = self._ask(lambda: self.filesystem.get_file_info(self.path))
+        return info.mtime_ns / 1e9 if info.type == fs.FileType.File else None
 
     def exists(self) -> bool:
         """Whether there is a file here."""
@@ -191,8 +196,14 @@ class Location:
             return
         local.parent.mkdir(parents=True, exist_ok=True)
         partial = local.with_name(f".{local.name}.partial")
-        yield str(partial)
-        partial.replace(local)
+        try:
+            yield str(partial)
+            partial.replace(local)
+        except BaseException:
+            # Half a file would only take space.
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
 
     def folders(self) -> list["Location"]:
         """The folders directly below, by name; none if there is nothing here."""

@@ -12,10 +12,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from cat_ray.checkpoint.layout import FOLDER
+from cat_ray.checkpoint.commit import commit_abandoned
+from cat_ray.checkpoint.layout import images_of
 from cat_ray.checkpoint.read import any_committed, newest, newest_sound, read_state
-from cat_ray.checkpoint.retain import images_of, lease
-from cat_ray.checkpoint.write import commit_if_whole
+from cat_ray.checkpoint.retain import lease
 from cat_ray.config import Config, dump
 from cat_ray.connection import connected
 from cat_ray.data.index import INDEX_NAME, Index, check_shards
@@ -122,9 +122,7 @@ def _train(
 
 def _still_due(config: Config, run: Location, shards: Location, index: Index) -> Due:
     check_shards(index, shards)
-    for folder in (run / FOLDER).folders():
-        # Whole parts whose committer was killed are a checkpoint nevertheless.
-        commit_if_whole(folder)
+    commit_abandoned(run)
     roll_backs = read_roll_backs(run)
     if len(roll_backs) > config.health.max_rollbacks:
         raise RunFailed(
