@@ -8,6 +8,7 @@ import yaml
 from yaml.reader import ReaderError
 
 from cat_ray.errors import BadInput
+from cat_ray.uris import check_has_no_credentials
 
 # A job's sections are six deep, and a few hundred values.
 DEEPEST, MOST_VALUES = 50, 100_000
@@ -43,6 +44,7 @@ def read_text(path: str) -> str:
     Raises:
         BadInput: the file is missing, or no text.
     """
+    check_has_no_credentials(path)
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -68,9 +70,10 @@ def read_yaml(text: str, name: str) -> Any:
             return None
         _measure(node, {}, set())
         return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, KeyError) as error:
-        # PyYAML's own for `!!int x` and `!!bool x`.
-        raise BadInput(f"{name} is not valid YAML: {_told(error, text)}") from error
+    except (yaml.YAMLError, ValueError, KeyError, OverflowError) as error:
+        # The last three are PyYAML's for `!!int x`, `!!bool x` and an escape that is no character.
+        # What is raised instead doesn't show them: they quote the text.
+        raise BadInput(f"{name} is not valid YAML: {_told(error, text)}") from None
 
 
 def _measure(
