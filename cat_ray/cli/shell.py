@@ -1,7 +1,7 @@
 """What all commands share: the application, common arguments, and how mistakes are told."""
 
 import contextlib
-import json
+import math
 import sys
 import threading
 import traceback
@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from typing import Annotated, NoReturn
 
 import typer
+import yaml
 
 from cat_ray.errors import BadInput, ExpectedError, last_line, printable
 from cat_ray.storage import Location
 from cat_ray.storage_errors import no_space_left
+from cat_ray.uris import redacted
 
 INTERRUPTED = 130
 DEBUG = threading.Event()
@@ -54,8 +56,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
 
 def with_beginning(overrides: list[str] | None, initialise_from: str | None) -> list[str]:
     """The overrides, and `--initialise-from` as one of them."""
-    own = [f"run.initialise_from={json.dumps(initialise_from)}"] if initialise_from else []
-    return [*(overrides or ()), *own]
+    if not initialise_from:
+        return list(overrides or ())
+    # As YAML: JSON writes an emoji as two characters that are none.
+    value = yaml.safe_dump(initialise_from, default_style='"', width=math.inf).strip()
+    return [*(overrides or ()), f"run.initialise_from={value}"]
 
 
 def existing_run(place: Location) -> Location:
@@ -104,8 +109,8 @@ def _end_unexpected(error: Exception) -> NoReturn:
 
 def _end(error: BaseException, message: str, exit_code: int) -> NoReturn:
     if DEBUG.is_set():
-        traceback.print_exception(error)
-    print(f"cat-ray: {printable(message)}", file=sys.stderr)
+        print(redacted("".join(traceback.format_exception(error))), file=sys.stderr)
+    print(f"cat-ray: {printable(redacted(message))}", file=sys.stderr)
     raise typer.Exit(exit_code) from None
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cat_ray.data.latents import REDUCTION
-from cat_ray.section import Latents, Section, Storage
+from cat_ray.section import Latents, ModelName, Section, Storage, Uri
 
 # What packages carry, and how an index tells of it.
 CARRIED = {
@@ -27,7 +27,7 @@ class Source(Section):
         crops: of the photographs: `256` pixels square, or `500` x 375 like ImageNet's.
     """
 
-    uri: str | None = None
+    uri: Uri | None = None
     kind: Literal["auto", "folders", "tars", "webdataset", "parquet", "mnist", "photographs"] = (
         "auto"
     )
@@ -52,7 +52,7 @@ class Output(Section):
         seed: of the order of the samples, which are shuffled once.
     """
 
-    folder: str
+    folder: Uri
     contents: Literal["images", "latents"] = "images"
     resolution: int = Field(default=256, gt=0)
     channels: Literal[1, 3] = 3
@@ -66,7 +66,7 @@ class Output(Section):
 class Teacher(Section):
     """The DINOv2 of the tokens: a local folder or a hub name, its width, and their grid's side."""
 
-    name: str = "facebook/dinov2-base"
+    name: ModelName = "facebook/dinov2-base"
     width: int = Field(default=768, gt=0)
     grid: int = Field(default=16, gt=0)
 

@@ -12,6 +12,7 @@ from cat_ray import __version__, config
 from cat_ray.data.preparation import Preparation
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.measurement import Measurement, Sampling
+from cat_ray.job_yaml import read_text, read_yaml
 from cat_ray.section import Section
 
 JOB_NAME = "job.yaml"
@@ -88,9 +89,9 @@ def read_submission(path: str, overrides: Sequence[str], name: str | None) -> Su
     Raises:
         BadInput: it is no job, or the name has nothing to read.
     """
-    text = config.read_text(path)
-    command = command_of(config.read_yaml(text, path))
-    job = config.parse(text, path, overrides, KINDS[command])
+    text = read_text(path)
+    command = command_of(read_yaml(text, path))
+    job = config.parse(text, path, overrides, KINDS[command], as_written=True)
     readable = re.sub(r"[^A-Za-z0-9._]+", "-", Path(path).stem if name is None else name)
     if not readable.strip("-."):
         raise BadInput(f"--run-name {name}: use letters and digits")
@@ -163,4 +164,5 @@ def code_commit(package: Path) -> str:
 
 
 def _is_relative(place: str) -> bool:
-    return "://" not in place and not Path(place).expanduser().is_absolute()
+    # `~` and a variable are expanded there.
+    return "://" not in place and not place.startswith(("/", "~", "$", "file:"))
