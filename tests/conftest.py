@@ -1,15 +1,19 @@
 """What several tests share: a tiny job, and groups of real processes."""
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import boto3
 import botocore.exceptions
@@ -266,3 +270,104 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             yield server
         finally:
             server.kill()
+
+
+class Chaos:
+    """A way to the S3 server that misbehaves as it is told: `tests/chaos/proxy.py`, a process."""
+
+    def __init__(self, server: S3Server, folder: Path):
+        self._server, port = server, free_port()
+        self.endpoint_url, self._log = f"http://127.0.0.1:{port}", folder / "requests.jsonl"
+        self._one_at_a_time = threading.Lock()
+        script = Path(__file__).parent / "chaos" / "proxy.py"
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), str(port), server.address, str(self._log)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        # Answered, it listens.
+        self.left()
+
+    def close(self) -> None:
+        """Ends the proxy."""
+        self._process.communicate(timeout=30)
+
+    def aim(self, kind: str, fault: str, count: int = 1) -> None:
+        """The next so many requests of a kind, or of `any`, meet a fault."""
+        self._order("aim", {"kind": kind, "fault": fault, "count": count})
+
+    def left(self) -> int:
+        """How many of the requests that `aim` waits for are still to come."""
+        return self._order("left")
+
+    def begin(self, fault: str) -> None:
+        """From now on every request meets a fault."""
+        self._order("fault", fault)
+        if fault == "killed":
+            self._server.kill()
+
+    def end(self) -> None:
+        """The fault is over."""
+        if self._server.process is not None and self._server.process.poll() is not None:
+            self._server.start()
+        self._order("fault")
+
+    @contextmanager
+    def lasting(self, fault: str, seconds: float) -> Iterator[None]:
+        """Every request meets a fault for so long, while the block runs."""
+        self.begin(fault)
+        ending = threading.Timer(seconds, self.end)
+        ending.start()
+        try:
+            yield
+        finally:
+            ending.join()
+
+    @contextmanager
+    def bad_night(self, **schedule: Any) -> Iterator[float]:
+        """A schedule of faults, as `tests/chaos/schedule.py` makes it; yields its seconds."""
+        began, over = time.monotonic(), threading.Event()
+        windows = self._order("schedule", schedule)
+
+        def kill_and_start() -> None:
+            for window in windows:
+                if window["fault"] == "killed":
+                    wait = began + window["begin"] - time.monotonic()
+                    if over.wait(max(0.0, wait)):
+                        return
+                    self._server.kill()
+                    over.wait(window["seconds"])
+                    self._server.start()
+
+        killer = threading.Thread(target=kill_and_start)
+        killer.start()
+        try:
+            yield windows[-1]["begin"] + windows[-1]["seconds"]
+        finally:
+            over.set()
+            killer.join()
+            self._order("schedule", {**schedule, "windows": 0})
+
+    def hits(self) -> Counter[tuple[str, str]]:
+        """How many requests of each kind met each fault."""
+        lines = map(json.loads, self._log.read_text().splitlines())
+        return Counter((line["kind"], line["fault"]) for line in lines if line["fault"])
+
+    def _order(self, order: str, value: object = None) -> Any:
+        with self._one_at_a_time:
+            assert self._process.stdin and self._process.stdout
+            self._process.stdin.write(json.dumps({"order": order, "value": value}) + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
+
+
+@pytest.fixture
+def chaos(s3_server: S3Server, tmp_path: Path) -> Iterator[Chaos]:
+    """A proxy before the server, which is in peace again at the end."""
+    proxy = Chaos(s3_server, tmp_path)
+    try:
+        yield proxy
+    finally:
+        proxy.end()
+        proxy.close()

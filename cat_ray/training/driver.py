@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -185,7 +186,34 @@ def _fit(
 ) -> None:
     workers = config.workers
     os.environ.update(elasticity.environment(workers.start_seconds, workers.stall_seconds))
-    trainer = ElasticTrainer(
+    keep_helpers_here()
+    # Ray Train's controller, which runs on this machine, looks once whether it can write there, and
+    # dies if it can't; it keeps nothing, as no checkpoint is reported to it.
+    with tempfile.TemporaryDirectory(prefix="cat-ray-") as ray_storage:
+        trainer = _trainer(config, run, session, still_due, faults, ray_storage)
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            told = told_to_user(error)
+            if isinstance(told, GaveWay):
+                raise Unfinished(
+                    f"{stopped_with(newest(run))} ({told}); run the same command again to go on"
+                ) from error
+            if told is not None:
+                raise told from error
+            raise RunFailed(f"training failed: {last_line(error)}") from error
+
+
+def _trainer(
+    config: Config,
+    run: Location,
+    session: str,
+    still_due: Callable[[], Due],
+    faults: Sequence[Fault],
+    ray_storage: str,
+) -> ElasticTrainer:
+    workers = config.workers
+    return ElasticTrainer(
         work,
         progress=lambda: _images(run),
         capacity_seconds=workers.capacity_seconds,
@@ -205,8 +233,7 @@ def _fit(
         ),
         run_config=RunConfig(
             name=RAY_FOLDER,
-            storage_path=run.path,
-            storage_filesystem=run.filesystem,
+            storage_path=ray_storage,
             failure_config=FailureConfig(
                 max_failures=workers.max_failures,
                 max_preemption_failures=(
@@ -221,18 +248,6 @@ def _fit(
         datasets={DATASET_NAME: still_due},  # pyright: ignore[reportArgumentType]
         dataset_config=LaneDataConfig(),
     )
-    keep_helpers_here()
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        told = told_to_user(error)
-        if isinstance(told, GaveWay):
-            raise Unfinished(
-                f"{stopped_with(newest(run))} ({told}); run the same command again to go on"
-            ) from error
-        if told is not None:
-            raise told from error
-        raise RunFailed(f"training failed: {last_line(error)}") from error
 
 
 def _kept(config: Config) -> contextlib.AbstractContextManager[None]:
