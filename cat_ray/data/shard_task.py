@@ -12,6 +12,7 @@ from cat_ray.data.ahead import in_order
 from cat_ray.data.crop import center_crop
 from cat_ray.data.decode import BrokenSample, open_image
 from cat_ray.data.encoder import Encodings
+from cat_ray.data.image_file import opened_image
 from cat_ray.data.packs import Pack
 from cat_ray.data.preparation import Output
 from cat_ray.data.shard_file import Entry
@@ -111,7 +112,7 @@ def _image(sample: Encoded, output: Output) -> tuple[str, bytes]:
     if output.encoding == "original":
         _check(sample)
         open_image(sample.content, output.channels)
-        with Image.open(io.BytesIO(sample.content)) as image:
+        with opened_image(sample.content) as image:
             kind = image.format or ""
         if kind not in ENDINGS:
             raise BrokenSample(f"a {kind} file, not one of {', '.join(ENDINGS)}")
