@@ -31,6 +31,15 @@ PLACES = {
     "prepare": ("output.folder", "source.uri"),
 }
 DIGEST_CHARACTERS = 8
+# The shell finds the interpreter that runs Ray there, and all its workers: the raylet was told it,
+# whose grandchild is this shell. Where /proc doesn't say so it is the one on PATH.
+FIND_PYTHON = (
+    "python=$( { read -r _ _ _ raylet _ </proc/$PPID/stat && tr '\\0' '\\n' </proc/$raylet/cmdline"
+    r" | sed -n 's/^--python_worker_command=\([^ ]*\) .*/\1/p'; } 2>/dev/null ); "
+    'python=$(command -v "$python" || command -v python || command -v python3) || '
+    "{ echo 'cat-ray: the head has no python: run `ray start` there with the folder of the python "
+    "that has Ray on its PATH' >&2; exit 2; }; "
+)
 # By this key of a job's metadata ours are known among others'.
 MARK = "cat_ray"
 
@@ -125,10 +134,10 @@ def entry_point(command: str, working_folder: Path | None) -> str:
     """
     # `exec` leaves no shell between Ray and Python: signals and exit codes are Python's. With -P
     # the code is what PYTHONPATH says, and not what lies in the working folder.
-    run = f"exec python -P -m cat_ray {command}"
+    run = f'{FIND_PYTHON}exec "$python" -P -m cat_ray {command}'
     if working_folder is None:
         return f"{run} {JOB_NAME}"
-    return f'cd {shlex.quote(str(working_folder))} && {run} "$OLDPWD"/{JOB_NAME}'
+    return f'cd {shlex.quote(str(working_folder))} || exit; {run} "$OLDPWD"/{JOB_NAME}'
 
 
 def metadata(
