@@ -3,9 +3,8 @@
 import contextlib
 import logging
 import os
-import signal
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
@@ -16,7 +15,7 @@ from cat_ray.checkpoint.read import any_committed, newest, newest_sound, read_st
 from cat_ray.checkpoint.retain import images_of, lease
 from cat_ray.checkpoint.write import commit_if_whole
 from cat_ray.config import Config, dump
-from cat_ray.connection import connected
+from cat_ray.connection import check_connection, connected
 from cat_ray.data.index import INDEX_NAME, Index, check_shards
 from cat_ray.data.stream import (
     CPUS_PER_READ,
@@ -28,12 +27,13 @@ from cat_ray.data.stream import (
     reading_of,
     stream_of,
 )
-from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished, last_line
+from cat_ray.errors import BadInput, ExpectedError, GaveWay, RunFailed, Unfinished, last_line
 from cat_ray.operations.identity import claim
 from cat_ray.operations.outcome import outcome_written, stopped_with
 from cat_ray.operations.progress import Progress
 from cat_ray.operations.prometheus import Exported
 from cat_ray.schedule import check_has_no_schedule
+from cat_ray.stop_signals import stoppable
 from cat_ray.storage import Location
 from cat_ray.training import elasticity
 from cat_ray.training.beginning import check_beginning, pinned
@@ -72,6 +72,7 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
         RunFailed: training failed more often than the configuration allows.
     """
     check_has_no_schedule(config, "this command")
+    check_connection()
     storage = config.storage
     run = storage.locate(config.run.folder)
     shards = storage.locate(config.data.shards)
@@ -87,11 +88,10 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
         return _still_due(config, run, shards, index)
 
     session = uuid.uuid4().hex[:8]
-    with outcome_written(run, lambda: _images(run)):
+    with outcome_written(run, lambda: _images(run)), stoppable():
         if still_due().start >= config.run.total_images:
             logger.warning("%s was trained to its end before: nothing is left to do", run.uri)
         else:
-            # Ray sets a handler for SIGTERM as it starts: ours comes after it.
             exported = _exported(config, run, session)
             progress = Progress(run, session, config.run.total_images, exported.update)
             measuring = _measuring(config, run, session)
@@ -249,25 +249,17 @@ def _measuring(
     return Measuring(config, run, session)
 
 
-@contextlib.contextmanager
-def _stopping(run: Location) -> Iterator[None]:
-    """SIGTERM and Ctrl-C make the workers save and stop; a second one ends the command at once."""
+def _stopping(run: Location) -> contextlib.AbstractContextManager[None]:
+    """A stop signal makes the workers save and stop; a second one ends the command at once."""
 
-    def stop(number: int, frame: object) -> None:
-        del frame
-        for known, handler in before.items():
-            signal.signal(known, handler)
-        logger.warning(
-            "%s: saving, then stopping; once more to stop at once", signal.Signals(number).name
-        )
-        ask_to_stop(run)
+    def save(name: str) -> None:
+        logger.warning("%s: saving, then stopping; once more to stop at once", name)
+        try:
+            ask_to_stop(run)
+        except ExpectedError as error:
+            logger.warning("the workers can't be asked to save: %s", error)
 
-    before = {known: signal.signal(known, stop) for known in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for known, handler in before.items():
-            signal.signal(known, handler)
+    return stoppable(save)
 
 
 def cluster(config: Config) -> contextlib.AbstractContextManager[None]:
