@@ -16,15 +16,22 @@ RETRY_SECONDS = 60.0
 def prepare(
     job: Annotated[str, typer.Argument(metavar="JOB", help="Such as jobs/prepare_imagenet.yaml.")],
     overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what is found and left out; write nothing.")
+    ] = False,
 ) -> None:
     """Write shards and their index; the same command again continues where it stopped."""
     with speaking_plainly():
         from cat_ray.data.preparation import Preparation
-        from cat_ray.data.prepare import left_out
+        from cat_ray.data.prepare import left_out, look
         from cat_ray.data.prepare import prepare as write_shards
 
         config = configuration.load(job, overrides or (), Preparation)
-        typer.echo(f"{write_shards(config).describe()}: {config.output.folder}")
+        if dry_run:
+            typer.echo(printable(look(config).describe()))
+            return
+        made = write_shards(config, lambda told: typer.echo(printable(told)))
+        typer.echo(f"{made.describe()}: {config.output.folder}")
         if count := left_out(config):
             typer.echo(f"{count:,} were left out, for the reasons in broken.json there")
 

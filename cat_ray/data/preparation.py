@@ -22,6 +22,8 @@ class Source(Section):
         kind: `folders` of one class each, `tars` (a tar of class tars, or a folder of them),
             `webdataset`, `parquet`; `auto` looks. Packages carry `mnist` and, to measure speed
             with, 20,000 crops of two `photographs`.
+        pattern: of the files to read, as in `train-*.parquet` or `data/train-*.tar`; it is compared
+            with the last parts of their paths below `uri`.
         image_column: of Parquet: bytes, or a struct with `bytes`, as Hugging Face has it.
         label_column: of Parquet: class ids.
         crops: of the photographs: `256` pixels square, or `500` x 375 like ImageNet's.
@@ -31,6 +33,7 @@ class Source(Section):
     kind: Literal["auto", "folders", "tars", "webdataset", "parquet", "mnist", "photographs"] = (
         "auto"
     )
+    pattern: str | None = Field(default=None, min_length=1)
     image_column: str = "image"
     label_column: str = "label"
     crops: Literal["256", "500"] = "256"
