@@ -6,7 +6,6 @@ A length of time or work carries its unit in its name; the unit of work is the i
 import difflib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
@@ -14,10 +13,21 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.measurement import BesideTraining
+from cat_ray.job_yaml import read_text, read_yaml
 from cat_ray.model.sizes import SIZES, Size, scales
 from cat_ray.objective.augment import AugmentPolicy
 from cat_ray.objective.consistency import default_stage_weights
-from cat_ray.section import Latents, Section, Storage
+from cat_ray.section import (
+    AS_WRITTEN,
+    HttpUrl,
+    Latents,
+    LocalPath,
+    ModelName,
+    Section,
+    Storage,
+    Uri,
+)
+from cat_ray.uris import redacted
 
 REFERENCE_WIDTH = 768
 
@@ -30,10 +40,10 @@ class Run(Section):
     networks begin at random.
     """
 
-    folder: str
+    folder: Uri
     total_images: int = Field(gt=0)
     seed: int = Field(default=0, ge=0)
-    initialise_from: str | None = None
+    initialise_from: Uri | None = None
 
 
 class Data(Section):
@@ -52,13 +62,13 @@ class Data(Section):
         cache_gigabytes: how much of it.
     """
 
-    shards: str
+    shards: Uri
     num_classes: int = Field(gt=0)
     source: Literal["mnist"] | None = None
     max_broken_samples: int = Field(default=100, ge=0)
     block_images: int | None = Field(default=None, gt=0)
     window_megabytes: int = Field(default=128, gt=0)
-    cache_folder: str | None = None
+    cache_folder: LocalPath | None = None
     cache_gigabytes: float = Field(default=100.0, gt=0)
 
 
@@ -175,7 +185,7 @@ class Alignment(Section):
     """
 
     weight: float = Field(default=0.0, ge=0)
-    teacher: str = "facebook/dinov2-base"
+    teacher: ModelName = "facebook/dinov2-base"
     teacher_width: int = Field(default=768, gt=0)
 
 
@@ -322,7 +332,7 @@ class Preemption(Section):
     """
 
     cloud: Literal["aws", "gcp", "azure"] | None = None
-    metadata_url: str | None = None
+    metadata_url: HttpUrl | None = None
     poll_seconds: float = Field(default=5.0, gt=0)
     margin: float = Field(default=1.5, ge=1)
 
@@ -343,7 +353,7 @@ class Checkpoints(Section):
     keep: int = Field(default=3, gt=0)
     keep_every_images: int | None = Field(default=None, gt=0)
     pending_saves: int = Field(default=1, gt=0)
-    local_folder: str | None = None
+    local_folder: LocalPath | None = None
     retry_seconds: float = Field(default=600.0, ge=0)
 
 
@@ -486,22 +496,22 @@ def load(path: str, overrides: Sequence[str] = (), kind: type[Job] = Config) -> 
     return parse(read_text(path), path, overrides, kind)
 
 
-def read_text(path: str) -> str:
-    """A job file's text.
+def parse(
+    text: str,
+    name: str,
+    overrides: Sequence[str] = (),
+    kind: type[Job] = Config,
+    as_written: bool = False,
+) -> Job:
+    """As `load`, from YAML text.
 
-    Raises:
-        BadInput: the file is missing, or no text.
+    Args:
+        text: the YAML.
+        name: is used in messages.
+        overrides: see `load`.
+        kind: of job.
+        as_written: leaves `~` and variables of the environment to the machine that it is sent to.
     """
-    try:
-        return Path(path).read_text()
-    except OSError as error:
-        raise BadInput(f"can't read the job file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not a text file: a job is YAML, see jobs/") from error
-
-
-def parse(text: str, name: str, overrides: Sequence[str] = (), kind: type[Job] = Config) -> Job:
-    """As `load`, from YAML text; `name` is used in messages."""
     values = read_yaml(text, name)
     if not isinstance(values, dict):
         raise BadInput(f"{name} must hold sections such as run: and data:, see jobs/")
@@ -511,7 +521,7 @@ def parse(text: str, name: str, overrides: Sequence[str] = (), kind: type[Job] =
     for override in overrides:
         _override(values, override)
     try:
-        job = kind.model_validate(values)
+        job = kind.model_validate(values, context=AS_WRITTEN if as_written else None)
     except ValidationError as error:
         lines = [_explain(dict(problem), kind) for problem in error.errors()]
         raise BadInput(f"{name}: " + "; ".join(lines)) from error
@@ -519,20 +529,8 @@ def parse(text: str, name: str, overrides: Sequence[str] = (), kind: type[Job] =
         # Not above: a phase is a job itself.
         from cat_ray.schedule import phases
 
-        phases(job, name)
+        phases(job, name, as_written)
     return job
-
-
-def read_yaml(text: str, name: str) -> Any:
-    """What YAML holds; `name` is used in messages.
-
-    Raises:
-        BadInput: it isn't YAML.
-    """
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def dump(config: Section) -> str:
@@ -557,10 +555,10 @@ def flatten(config: Section) -> dict[str, Any]:
 
 def _override(values: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
+    told = f"--set {redacted(override)}"
     if not separator:
-        raise BadInput(f"--set {override}: write it as section.key=value")
-    told = f"--set {override}"
-    set_value(values, dotted, read_yaml(text, told), told)
+        raise BadInput(f"{told}: write it as section.key=value")
+    set_value(values, dotted, read_yaml(text, f"--set {dotted}"), told)
 
 
 def set_value(values: dict[str, Any], dotted: str, value: Any, told: str) -> None:

@@ -2,14 +2,10 @@
 
 import contextlib
 import logging
-import math
-import os
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 
-from cat_ray.data.reading_task import CPUS_PER_READ
-from cat_ray.errors import Unfinished
+from cat_ray.errors import BadInput, RunFailed, Unfinished, last_line
+from cat_ray.stop_signals import stoppable
 from cat_ray.storage import ENVIRONMENT
 
 
@@ -22,13 +18,16 @@ def connected(
 ) -> Iterator[None]:
     """Connects for as long as the block lasts, unless there is a connection already.
 
-    SIGTERM ends the block with `Unfinished`, where nothing inside sets another handler.
-
     Args:
         needed_cpus: what a cluster that is started here must have at least.
         exactly: how many it shall have, where that matters.
         environment: for the processes of a cluster that runs already.
         reads: whether shards are read: a cluster that is started here keeps processes for it.
+
+    Raises:
+        BadInput: RAY_ADDRESS names no cluster that can be used.
+        RunFailed: its versions are others than here.
+        Unfinished: a signal other than Ctrl-C ended the block, and nothing inside handled it.
     """
     logging.getLogger("ray").setLevel(logging.WARNING)
     # That a new cluster asks for a token, which its own processes have, is no warning.
@@ -38,58 +37,68 @@ def connected(
 
     # What goes wrong there is raised as well.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    own = not ray.is_initialized()
-    if own and "RAY_ADDRESS" in os.environ:
-        ray.init(
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            runtime_env={"env_vars": {**ENVIRONMENT, **environment}},
-        )
-    elif own:
-        cpus = exactly or max(os.cpu_count() or 1, math.ceil(needed_cpus))
-        ray.init(
-            # Without it a cluster that runs on this machine for something else would be used.
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            # Ray ends what is idle for a second beyond one process for each CPU. Reading tasks take
-            # less than a CPU each, and starting one anew takes longer than a task. Where nothing is
-            # read they only take time: Ray wakes each process a hundred times a second.
-            _system_config={
-                "num_workers_soft_limit": math.ceil(cpus / CPUS_PER_READ) + 1 if reads else 1
-            },
-        )
-    try:
-        # Ray's native handler, which was set just now, would dump its stack.
-        with _stopped_by_sigterm() if own else contextlib.nullcontext():
-            yield
-    finally:
-        if own:
-            ray.shutdown()
+    if ray.is_initialized():
+        yield
+        return
+    from cat_ray import local_ray
+    from cat_ray.ray_address import named_cluster
+
+    with stoppable():
+        try:
+            with _stopped_by_ray():
+                address = named_cluster()
+                if address is None:
+                    local_ray.start(needed_cpus, exactly, reads)
+                else:
+                    _join(address, {**ENVIRONMENT, **environment})
+            with stoppable():
+                yield
+        finally:
+            local_ray.stop()
+
+
+def check_connection() -> None:
+    """Makes sure, before anything is written, that `connected` has a cluster to connect to.
+
+    Raises:
+        BadInput: RAY_ADDRESS names none, or one of this machine's own could not keep its files.
+    """
+    from cat_ray.local_ray import folder_for_ray
+    from cat_ray.ray_address import named_cluster
+
+    if named_cluster() is None:
+        folder_for_ray()
 
 
 @contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    told: list[int] = []
-
-    def stop(number: int, frame: object) -> None:
-        del frame
-        told.append(number)
-        # What Ctrl-C raises: Ray passes it on, any other exception is lost in its native calls.
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
+def _stopped_by_ray() -> Iterator[None]:
+    """Ray takes SIGTERM for itself when it begins to start."""
     try:
         yield
-    except KeyboardInterrupt:
-        if not told:
+    except SystemExit:
+        raise Unfinished("stopped by SIGTERM: run the same command again to go on") from None
+
+
+def _join(address: str, environment: Mapping[str, str]) -> None:
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": dict(environment)},
+        )
+    except AuthenticationError as error:
+        raise BadInput(
+            "the cluster at RAY_ADDRESS wants a token: set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise BadInput(f"RAY_ADDRESS={address} can't be used: {last_line(error)}") from error
+    except RuntimeError as error:
+        if "ersion mismatch" not in str(error):
             raise
-        again = "stopped by SIGTERM: run the same command again to go on"
-        raise Unfinished(again) from None
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        told = " ".join(str(error).split())
+        raise RunFailed(f"{told} Use the cluster's image here as well") from error

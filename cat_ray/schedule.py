@@ -18,13 +18,19 @@ PHASE = "phase-"
 NOT_SET = ("run", "storage", "schedule")
 
 
-def phases(config: Config, name: str = "the job") -> tuple[Config, ...]:
-    """The runs that a job's schedule consists of; `name` is used in messages.
+def phases(config: Config, name: str = "the job", as_written: bool = False) -> tuple[Config, ...]:
+    """The runs that a job's schedule consists of.
+
+    Args:
+        config: the job.
+        name: is used in messages.
+        as_written: see `parse`.
 
     Raises:
         BadInput: a phase is no valid job.
     """
-    return tuple(_phase(config, number, name) for number in range(1, len(config.schedule) + 1))
+    numbers = range(1, len(config.schedule) + 1)
+    return tuple(_phase(config, number, name, as_written) for number in numbers)
 
 
 def phase_folder(folder: str, number: int) -> str:
@@ -53,7 +59,7 @@ def check_has_no_schedule(config: Config, what: str) -> None:
         raise BadInput(f"{what} takes a job without phases: leave out its schedule")
 
 
-def _phase(config: Config, number: int, name: str) -> Config:
+def _phase(config: Config, number: int, name: str, as_written: bool) -> Config:
     phase, told = config.schedule[number - 1], f"{name}, phase {number} of schedule"
     values = config.model_dump(mode="json", exclude={"schedule"})
     for dotted, value in phase.set.items():
@@ -68,4 +74,4 @@ def _phase(config: Config, number: int, name: str) -> Config:
     }
     if number > 1:
         values["run"]["initialise_from"] = phase_folder(folder, number - 1)
-    return parse(yaml.safe_dump(values), told)
+    return parse(yaml.safe_dump(values), told, as_written=as_written)

@@ -1,14 +1,78 @@
 """What jobs of every kind share: strict sections, and how storage and a VAE are named."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from collections.abc import Callable
+from typing import Annotated
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+
+from cat_ray import uris
+from cat_ray.errors import BadInput
 from cat_ray.storage import Location, locate
+
+# In the context of a validation: leave `~` and `$NAME` to the machine that the job is sent to.
+AS_WRITTEN = {"as_written": True}
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable, and strict about its keys."""
+    """A part of the configuration: immutable, and strict about its keys; no number is infinite.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    What a validation complains about doesn't repeat the values: they may hold credentials.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+
+def _read_by(read: Callable[[str], str]) -> AfterValidator:
+    """Has a value read, with its variables expanded; what is wrong with it ends the validation."""
+
+    def valid(value: str, info: ValidationInfo) -> str:
+        try:
+            if info.context == AS_WRITTEN:
+                uris.check_has_no_credentials(value)
+                return value
+            return read(uris.expanded(value))
+        except BadInput as error:
+            raise ValueError(str(error)) from error
+
+    return AfterValidator(valid)
+
+
+def _checked_by(check: Callable[[str], object]) -> AfterValidator:
+    """Has a value checked, and leaves it as it is."""
+
+    def valid(value: str) -> str:
+        try:
+            check(value)
+        except BadInput as error:
+            raise ValueError(str(error)) from error
+        return value
+
+    return AfterValidator(valid)
+
+
+def _uri(text: str) -> str:
+    uris.place_of(text)
+    return text
+
+
+def _path(text: str) -> str:
+    place = uris.place_of(text)
+    if place.scheme != "file":
+        raise BadInput(f"{text}: use a path of this machine, not an object store")
+    return place.path if text.lower().startswith("file:") else text
+
+
+# A folder or file on this machine or in an object store, see `cat_ray.uris`.
+Uri = Annotated[str, _read_by(_uri)]
+# On this machine, for what doesn't go through `locate`.
+LocalPath = Annotated[str, _read_by(_path)]
+# A local folder or a hub's name.
+ModelName = Annotated[str, _read_by(str)]
+# Of an object store's server, and of another one.
+EndpointUrl = Annotated[str, _checked_by(uris.endpoint_of)]
+HttpUrl = Annotated[str, _checked_by(uris.check_url)]
 
 
 class Storage(Section):
@@ -17,7 +81,7 @@ class Storage(Section):
     Whatever is read or written is retried for `retry_seconds` while the storage doesn't answer.
     """
 
-    endpoint_url: str | None = None
+    endpoint_url: EndpointUrl | None = None
     region: str | None = None
     retry_seconds: float = Field(default=300.0, ge=0)
 
@@ -36,5 +100,5 @@ class Latents(Section):
         revision: the hub's branch, tag or commit.
     """
 
-    vae: str | None = None
+    vae: ModelName | None = None
     revision: str | None = None

@@ -4,18 +4,18 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
-from urllib.parse import SplitResult, urlsplit
 
 from pyarrow import NativeFile, fs
 
 from cat_ray.errors import BadInput, NotFound, StorageDown
 from cat_ray.storage_errors import explain, retry
+from cat_ray.uris import Endpoint, Place, endpoint_of, expanded, place_of
 
 CONNECT_SECONDS = 5.0
 # Without a byte; with all attempts it is how late an outage may be noticed at all.
@@ -23,7 +23,6 @@ REQUEST_SECONDS = 20.0
 ATTEMPTS = 3
 OPEN_FILES = 256
 BUFFER_BYTES = 4 << 20
-REMOTE_FORMS = ("s3://bucket/key", "gs://bucket/key", "abfss://container@account/key")
 T = TypeVar("T")
 
 # Servers other than AWS refuse the checksum trailers that the AWS SDK would send. Uploads and
@@ -83,6 +82,11 @@ class Location:
         """Bytes of the file, or None if there is none."""
         info = self._look(lambda info: info.type == fs.FileType.File and not info.size)
         return info.size if info.type == fs.FileType.File else None
+
+    def modified(self) -> float | None:
+        """Unix time of the file's last change, or None if there is none."""
+        info = self._ask(lambda: self.filesystem.get_file_info(self.path))
+        return info.mtime_ns / 1e9 if info.type == fs.FileType.File else None
 
     def exists(self) -> bool:
         """Whether there is a file here."""
@@ -207,8 +211,14 @@ class Location:
             return
         local.parent.mkdir(parents=True, exist_ok=True)
         partial = local.with_name(f".{local.name}.partial")
-        yield str(partial)
-        partial.replace(local)
+        try:
+            yield str(partial)
+            partial.replace(local)
+        except BaseException:
+            # Half a file would only take space.
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
 
     def folders(self) -> list["Location"]:
         """The folders directly below, by name; none if there is nothing here."""
@@ -368,32 +378,29 @@ def locate(
         retry_seconds: for how long each operation is retried while the storage is down.
 
     Raises:
-        BadInput: the scheme is not one that is supported.
+        BadInput: it is no such URI (`cat_ray.uris` says what is), or the endpoint no address.
     """
-    parts = urlsplit(uri)
-    if parts.scheme in ("", "file"):
-        path = str(Path(parts.path if parts.scheme else uri).expanduser().absolute())
-        return Location(fs.LocalFileSystem(), path, path, retry_seconds)
-    if parts.scheme not in ("s3", "gs", "abfs", "abfss"):
-        raise BadInput(f"{uri}: use a local path, {', '.join(REMOTE_FORMS)}")
-    if endpoint_url is not None and urlsplit(endpoint_url).scheme not in ("http", "https"):
-        raise BadInput(f"storage.endpoint_url {endpoint_url}: begin it with http:// or https://")
-    endpoint = urlsplit(endpoint_url) if endpoint_url else None
-    if parts.scheme == "s3":
-        filesystem, top = _s3(endpoint, region), parts.netloc
-    elif parts.scheme == "gs":
-        filesystem, top = _google(endpoint), parts.netloc
-    else:
-        top, at, account = parts.netloc.partition("@")
-        if not at:
-            raise BadInput(f"{uri}: write it as {REMOTE_FORMS[2]}")
-        filesystem = _azure(account.split(".")[0], endpoint)
-    return Location(filesystem, f"{top}{parts.path}".rstrip("/"), uri.rstrip("/"), retry_seconds)
+    uri = expanded(uri)
+    place = place_of(uri)
+    endpoint = endpoint_of(endpoint_url) if endpoint_url is not None else None
+    filesystem = _filesystem(place, endpoint, region)
+    told = place.path if place.scheme == "file" else uri.rstrip("/")
+    return Location(filesystem, place.path, told, retry_seconds)
 
 
-def _s3(endpoint: SplitResult | None, region: str | None) -> fs.FileSystem:
+def _filesystem(place: Place, endpoint: Endpoint | None, region: str | None) -> fs.FileSystem:
+    if place.scheme == "file":
+        return fs.LocalFileSystem()
+    if place.scheme == "s3":
+        return _s3(endpoint, region)
+    if place.scheme == "gs":
+        return _google(endpoint)
+    return _azure(place.account, endpoint)
+
+
+def _s3(endpoint: Endpoint | None, region: str | None) -> fs.FileSystem:
     return fs.S3FileSystem(
-        endpoint_override=endpoint.netloc if endpoint else None,
+        endpoint_override=endpoint.authority if endpoint else None,
         scheme=endpoint.scheme if endpoint else "https",
         region=region or os.environ.get("AWS_REGION") or ("us-east-1" if endpoint else None),
         connect_timeout=CONNECT_SECONDS,
@@ -404,17 +411,17 @@ def _s3(endpoint: SplitResult | None, region: str | None) -> fs.FileSystem:
     )
 
 
-def _google(endpoint: SplitResult | None) -> fs.FileSystem:
+def _google(endpoint: Endpoint | None) -> fs.FileSystem:
     return fs.GcsFileSystem(
         anonymous=endpoint is not None,
-        endpoint_override=endpoint.netloc if endpoint else None,
+        endpoint_override=endpoint.authority if endpoint else None,
         scheme=endpoint.scheme if endpoint else "https",
         retry_time_limit=timedelta(seconds=CONNECT_SECONDS),
     )
 
 
-def _azure(account: str, endpoint: SplitResult | None) -> fs.FileSystem:
-    authority = endpoint.netloc if endpoint else None
+def _azure(account: str, endpoint: Endpoint | None) -> fs.FileSystem:
+    authority = endpoint.authority if endpoint else None
     scheme = endpoint.scheme if endpoint else None
     return fs.AzureFileSystem(
         account,

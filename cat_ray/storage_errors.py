@@ -85,6 +85,14 @@ def explain(error: OSError, uri: str, local: bool) -> ExpectedError:
     return (BadInput if final else StorageDown)(f"{told}{REMOTE_HINT}")
 
 
+def no_space_left(error: OSError) -> StorageFull | None:
+    """What an error says to the user if it is that a disk of this machine is full."""
+    if _errno(error) not in FULL_LOCALLY:
+        return None
+    place = error.filename or "temporary files (TMPDIR)"
+    return StorageFull(f"no space left for {place}{FULL_HINT}")
+
+
 def retry(
     ask: Callable[[], Answer], seconds: float, stopped: threading.Event | None = None
 ) -> Answer:

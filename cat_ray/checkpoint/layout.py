@@ -9,27 +9,53 @@
 A folder without a whole manifest is not a checkpoint. What is read from one depends neither on how
 many workers wrote it nor on their ZeRO stages. The folder's last six letters are the worker
 group's, so that a group that was given up, but still runs somewhere, can't spoil another's files.
+A folder or file with a name of any other form is somebody else's: it is neither read nor deleted.
 """
 
-import hashlib
 import json
-import math
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
-from cat_ray.errors import BadInput
+from pydantic import TypeAdapter, ValidationError
+
+from cat_ray.checkpoint.records import (
+    NO_MORE_KEYS,
+    Count,
+    FileRecord,
+    Part,
+    check_coverage,
+    first_problem,
+    parse_part,
+)
+from cat_ray.errors import Damaged, NotFound
 from cat_ray.storage import Location
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 DAMAGED = "damaged"
 STATE = "state.json"
-FORMAT = 2
+FLOAT_BYTES = 4
 
 GENERATOR = "generator"
 DISCRIMINATOR = "discriminator"
 GENERATOR_MOMENTS = "generator.moments"
 DISCRIMINATOR_MOMENTS = "discriminator.moments"
+
+# Of `folder_name`, `slice_file` and so on: the forms of what they return.
+FOLDER_FORM = re.compile(r"images-([0-9]{12}|[1-9][0-9]{12,17})-[0-9a-f]{6}(-staying)?")
+SLICE_FORM = re.compile(
+    r"((?:generator|discriminator)(?:\.moments)?|generator\.average-[0-9.e-]+)"
+    r"\.[0-9]{2,}-of-[0-9]{2,}\.safetensors"
+)
+PART_FORM = re.compile(r"part-[0-9]{2,}-of-([0-9]{2,9})\.json")
+LEASE_FORM = re.compile(r"lease-[0-9a-f]{8}\.json")
+# Of safetensors, while it writes.
+TEMPORARY_FORM = re.compile(r"\.tmp[0-9A-Za-z]{6}")
+
+Answer = TypeVar("Answer")
 
 
 def average_group(decay: float) -> str:
@@ -42,6 +68,27 @@ def folder_name(images: int, worker_group: str) -> str:
     return f"images-{images:012d}-{worker_group}"
 
 
+def images_of(name: str) -> int:
+    """Images seen of a checkpoint, from its folder's name.
+
+    Raises:
+        ValueError: a folder of this name is no checkpoint's.
+    """
+    match = FOLDER_FORM.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name} is not the name of a checkpoint's folder")
+    return int(match[1])
+
+
+def checkpoint_folders(run: Location) -> list[Location]:
+    """The folders of a run's checkpoints, complete or not, in the order of their images.
+
+    No folder with a name of another form is among them.
+    """
+    own = [found for found in (run / FOLDER).folders() if FOLDER_FORM.fullmatch(found.name)]
+    return sorted(own, key=lambda folder: (images_of(folder.name), folder.name))
+
+
 def slice_file(group: str, rank: int, world_size: int) -> str:
     """The file with one worker's slices of a group of tensors."""
     return f"{group}.{rank:02d}-of-{world_size:02d}.safetensors"
@@ -52,47 +99,12 @@ def part_file(rank: int, world_size: int) -> str:
     return f"part-{rank:02d}-of-{world_size:02d}.json"
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """A file of a checkpoint: bytes and sha256."""
-
-    name: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class SliceRecord:
-    """Where elements `offset` to `offset + length` of a flattened tensor of this shape lie."""
-
-    group: str
-    tensor: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-    file: str
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one worker wrote, or, as a manifest, what all of them did."""
-
-    files: tuple[FileRecord, ...]
-    slices: tuple[SliceRecord, ...]
-
-    def to_json(self) -> bytes:
-        """The file's content: the files, and the slices by group and tensor."""
-        groups: dict[str, dict] = {}
-        for piece in self.slices:
-            tensors = groups.setdefault(piece.group, {})
-            tensor = tensors.setdefault(piece.tensor, {"shape": piece.shape, "slices": []})
-            tensor["slices"].append([piece.file, piece.offset, piece.length])
-        values = {
-            "format": FORMAT,
-            "files": [asdict(record) for record in self.files],
-            "tensors": groups,
-        }
-        return json.dumps({**values, "sha256": _digest(values)}, indent=1).encode()
+def is_own_file(name: str) -> bool:
+    """Whether a file in a checkpoint's folder has a name that this program gives, whole or not."""
+    if name.startswith(".") and name.endswith(".partial"):
+        name = name[1:].removesuffix(".partial")
+    forms = (SLICE_FORM, PART_FORM, LEASE_FORM, TEMPORARY_FORM)
+    return name in (MANIFEST, STATE, DAMAGED) or any(form.fullmatch(name) for form in forms)
 
 
 @dataclass(frozen=True)
@@ -107,8 +119,10 @@ class State:
         versions: of the packages that wrote it.
     """
 
-    images: int
-    noise_stream: int
+    __pydantic_config__ = NO_MORE_KEYS
+
+    images: Count
+    noise_stream: Count
     data_digest: str
     config: str
     versions: dict[str, str]
@@ -118,80 +132,117 @@ class State:
         return json.dumps(asdict(self), indent=1).encode()
 
 
-def parse_part(content: bytes) -> Part | None:
-    """A part or a manifest from its file's content, or None where it is damaged.
+_STATE = TypeAdapter(State)
+
+
+def parse_state(content: bytes) -> State:
+    """Parse a state from its file's content.
 
     Raises:
-        BadInput: it was written by a version with another format.
+        ValueError: it is no checkpoint's state.
     """
     try:
-        values = json.loads(content)
-        digest, found = values.pop("sha256", None), values["format"]
-        if digest is not None and digest != _digest(values):
-            return None
-        if found == FORMAT:
-            if digest is None:
-                return None
-            return Part(
-                tuple(FileRecord(**record) for record in values["files"]),
-                tuple(
-                    SliceRecord(group, tensor, tuple(entry["shape"]), offset, length, file)
-                    for group, tensors in values["tensors"].items()
-                    for tensor, entry in tensors.items()
-                    for file, offset, length in entry["slices"]
-                ),
-            )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    raise BadInput(f"a checkpoint has format {found}, this version reads {FORMAT}")
+        return _STATE.validate_json(content, strict=True)
+    except ValidationError as error:
+        raise ValueError(first_problem(error)) from error
 
 
-def _digest(values: dict) -> str:
-    """The sha256 of a part, which it carries itself."""
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def join(parts: Iterable[Part]) -> Part:
-    """All workers' parts as one manifest.
+def parse_manifest(content: bytes) -> Part:
+    """Parse a manifest from its file's content.
 
     Raises:
-        ValueError: together they don't hold each element of each tensor exactly once.
+        ValueError: as `parse_part`; or its slices don't hold each element of each tensor exactly
+            once, in files that it lists and that only a checkpoint has.
+        BadInput: it was written by a version with another format.
     """
-    parts = list(parts)
-    files = {record.name: record for part in parts for record in part.files}
-    slices = sorted(
-        (piece for part in parts for piece in part.slices),
-        key=lambda piece: (piece.group, piece.tensor, piece.offset),
-    )
-    ends: dict[tuple[str, str], int] = {}
-    for piece in slices:
-        at = (piece.group, piece.tensor)
-        if piece.offset != ends.get(at, 0):
-            raise ValueError(f"{piece.group}: {piece.tensor} has a gap or an overlap")
-        ends[at] = piece.offset + piece.length
-    for piece in slices:
-        if ends[piece.group, piece.tensor] != math.prod(piece.shape):
-            raise ValueError(f"{piece.group}: {piece.tensor} is not whole")
-    return Part(tuple(sorted(files.values(), key=lambda record: record.name)), tuple(slices))
+    manifest = parse_part(content)
+    listed = {record.name: record.bytes for record in manifest.files}
+    if len(listed) < len(manifest.files):
+        raise ValueError("it lists a file twice")
+    if STATE not in listed:
+        raise ValueError(f"it does not list {STATE}")
+    foreign = [name for name in listed if name != STATE and not SLICE_FORM.fullmatch(name)]
+    if foreign:
+        raise ValueError(f"it lists {foreign[0]!r}, which is no file of a checkpoint")
+    check_coverage(manifest.slices)
+    held: Counter[str] = Counter()
+    for piece in manifest.slices:
+        match = SLICE_FORM.fullmatch(piece.file)
+        if piece.file not in listed or match is None or match[1] != piece.group:
+            raise ValueError(f"{piece.group}: {piece.tensor} lies in a file that it does not list")
+        held[piece.file] += FLOAT_BYTES * piece.length
+    short = [name for name, size in held.items() if size > listed[name]]
+    if short:
+        raise ValueError(f"{short[0]} is too short for its slices")
+    if len({(piece.file, piece.tensor) for piece in manifest.slices}) < len(manifest.slices):
+        raise ValueError("two slices of one tensor lie in one file")
+    return manifest
 
 
-def read_manifest(checkpoint: Location) -> tuple[FileRecord, ...] | None:
-    """The files of a checkpoint, or None where the folder is not a complete one."""
-    manifest = read_whole(checkpoint)
-    return manifest.files if manifest else None
+def parsed(place: Location, parse: Callable[[bytes], Answer]) -> Answer:
+    """A file's content as `parse` has it.
+
+    Raises:
+        Damaged: `parse` raised a ValueError.
+        NotFound: there is no such file.
+    """
+    content = place.read()
+    try:
+        return parse(content)
+    except ValueError as error:
+        raise Damaged(f"{place.uri} is damaged: {error}") from error
+
+
+def read_listed(checkpoint: Location) -> tuple[Part, dict[str, str]]:
+    """Read a checkpoint's manifest, and judge the files by their sizes.
+
+    Returns:
+        The manifest, and a line for each of its files that is missing or has another size.
+
+    Raises:
+        NotFound: it was never committed.
+        Damaged: the manifest is not as it was written.
+        BadInput: another version wrote it.
+    """
+    sizes = checkpoint.sizes()
+    if MANIFEST not in sizes:
+        raise NotFound(f"{checkpoint.uri} is not a complete checkpoint: it has no {MANIFEST}")
+    manifest, wrong = parsed(checkpoint / MANIFEST, parse_manifest), {}
+    for record in manifest.files:
+        place, size = checkpoint / record.name, sizes.get(record.name)
+        if size is None:
+            wrong[record.name] = f"{place.uri} doesn't exist"
+        elif size != record.bytes:
+            told = f"it has {size:,} bytes, the manifest says {record.bytes:,}"
+            wrong[record.name] = f"{place.uri} is damaged: {told}"
+    return manifest, wrong
+
+
+def whole_manifest(checkpoint: Location) -> Part:
+    """The manifest of a checkpoint whose files all have the bytes that it says.
+
+    Raises:
+        NotFound, Damaged, BadInput: as `read_listed`, or a file is missing or has another size.
+    """
+    manifest, wrong = read_listed(checkpoint)
+    if wrong:
+        raise Damaged("; ".join(wrong.values()))
+    return manifest
 
 
 def read_whole(checkpoint: Location) -> Part | None:
     """The manifest of a checkpoint whose files all have the bytes that it says, or None.
 
     Raises:
-        BadInput: another version wrote it, or the storage fails.
+        BadInput: another version wrote it.
     """
-    sizes = checkpoint.sizes()
-    if MANIFEST not in sizes:
+    try:
+        return whole_manifest(checkpoint)
+    except (NotFound, Damaged):
         return None
-    manifest = parse_part((checkpoint / MANIFEST).read())
-    if manifest is None:
-        return None
-    whole = all(sizes.get(record.name) == record.bytes for record in manifest.files)
-    return manifest if whole else None
+
+
+def read_manifest(checkpoint: Location) -> tuple[FileRecord, ...] | None:
+    """The files of a checkpoint, or None where the folder is not a complete one."""
+    manifest = read_whole(checkpoint)
+    return manifest.files if manifest else None

@@ -1,44 +1,45 @@
 """Finds the newest complete checkpoint and reads it."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from cat_ray.checkpoint.contents import (
+    lengths_by_file,
+    read_sound_slices,
+    read_sound_state,
+    verify,
+)
 from cat_ray.checkpoint.layout import (
     DAMAGED,
-    FOLDER,
     GENERATOR,
     MANIFEST,
     STATE,
-    FileRecord,
-    Part,
     State,
     average_group,
-    parse_part,
+    checkpoint_folders,
     read_whole,
+    whole_manifest,
 )
+from cat_ray.checkpoint.records import FileRecord, Part, SliceRecord
 from cat_ray.config import Config, parse
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, Damaged, ExpectedError
 from cat_ray.model.build import build_generator
 from cat_ray.model.generator import Generator
 from cat_ray.schedule import check_has_no_phases
 from cat_ray.storage import Location
-
-READERS = 8
 
 logger = logging.getLogger(__name__)
 
 
 def complete(run: Location) -> Iterator[Location]:
     """The complete checkpoints of a run folder, newest first."""
-    for folder in reversed((run / FOLDER).folders()):
+    for folder in reversed(checkpoint_folders(run)):
         if read_whole(folder) is not None:
             yield folder
 
@@ -50,44 +51,34 @@ def newest(run: Location) -> Location | None:
 
 def any_committed(run: Location) -> bool:
     """Whether a run folder has checkpoints that were complete once, damaged or not."""
-    return any((folder / MANIFEST).exists() for folder in (run / FOLDER).folders())
+    return any((folder / MANIFEST).exists() for folder in checkpoint_folders(run))
 
 
 def newest_sound(run: Location) -> Location | None:
-    """The newest checkpoint in which every file has its sha256, or None.
+    """The newest checkpoint in which `verify` finds nothing wrong, or None.
 
     The damaged files of one that was committed are named in a warning; it is passed over, and
     marked, so that it takes no place among those that are kept.
+
+    Raises:
+        StorageDown: a checkpoint can't be read now. An older one would lose work.
+        BadInput: one may not be read, or another version wrote it.
     """
-    for checkpoint in reversed((run / FOLDER).folders()):
-        if not (checkpoint / MANIFEST).exists():
+    for checkpoint in reversed(checkpoint_folders(run)):
+        sizes = checkpoint.sizes()
+        if MANIFEST not in sizes:
             continue
         damaged = verify(checkpoint)
         if not damaged:
+            if DAMAGED in sizes:
+                # By a judgement that was wrong, or of a file that was restored since.
+                _mark(checkpoint, damaged)
             return checkpoint
-        logger.warning("%s; this checkpoint is passed over", "; ".join(damaged))
-        (checkpoint / DAMAGED).write("\n".join(damaged).encode())
+        # Else it was deleted in the meantime.
+        if (checkpoint / MANIFEST).exists():
+            logger.warning("%s; this checkpoint is passed over", "; ".join(damaged))
+            _mark(checkpoint, damaged)
     return None
-
-
-def verify(checkpoint: Location) -> list[str]:
-    """Hashes every file; a line for each that is not what the manifest says, none if all are."""
-    place = checkpoint / MANIFEST
-    if not place.exists():
-        return [f"{checkpoint.uri} is not a complete checkpoint: it has no {MANIFEST}"]
-    manifest = parse_part(place.read())
-    if manifest is None:
-        return [f"{place.uri} is damaged"]
-
-    def problem(record: FileRecord) -> str | None:
-        try:
-            _verified(checkpoint, record)
-        except BadInput as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(READERS) as pool:
-        return [line for line in pool.map(problem, manifest.files) if line]
 
 
 def resolve(place: Location) -> Location:
@@ -96,7 +87,10 @@ def resolve(place: Location) -> Location:
     Raises:
         BadInput: it is neither, or the checkpoint is not complete.
     """
-    found = place if read_whole(place) is not None else newest(place)
+    if (place / MANIFEST).exists():
+        whole_manifest(place)
+        return place
+    found = newest(place)
     if found is None:
         check_has_no_phases(place)
         raise BadInput(f"{place.uri} is neither a complete checkpoint nor a run that has one")
@@ -118,17 +112,18 @@ class CheckpointReader:
         """What the checkpoint holds.
 
         Raises:
-            BadInput: it is not complete.
+            BadInput: it is not complete, or damaged.
         """
-        manifest = read_whole(self.checkpoint)
-        if manifest is None:
-            raise BadInput(f"{self.checkpoint.uri} is not a complete checkpoint")
-        return manifest
+        return whole_manifest(self.checkpoint)
 
     @cached_property
     def state(self) -> State:
-        """Images seen, configuration and versions."""
-        return State(**json.loads(_verified(self.checkpoint, self._record(STATE))))
+        """Images seen, configuration and versions.
+
+        Raises:
+            BadInput: the checkpoint is not complete, or damaged.
+        """
+        return read_sound_state(self.checkpoint, self._record(STATE))
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """The full tensors of a group, by name.
@@ -141,6 +136,7 @@ class CheckpointReader:
             if piece.group == group:
                 values = self._file(piece.file)[piece.tensor]
                 if piece.tensor not in full:
+                    # The manifest was checked: its slices cover every element.
                     full[piece.tensor] = torch.empty(piece.shape, dtype=values.dtype)
                 flat = full[piece.tensor].view(-1)
                 flat[piece.offset : piece.offset + piece.length] = values
@@ -150,9 +146,15 @@ class CheckpointReader:
         return full
 
     def run(self, group: str, tensor: str, offset: int, length: int) -> Tensor:
-        """Elements `offset` to `offset + length` of a flattened tensor; zeros past its end."""
+        """Elements `offset` to `offset + length` of a flattened tensor; zeros past its end.
+
+        Raises:
+            BadInput: there is no such tensor, or a file is damaged.
+        """
+        if (group, tensor) not in self._by_tensor:
+            raise Damaged(f"{self.checkpoint.uri} has no {group}: {tensor}")
         found = torch.zeros(length)
-        for piece in self._by_tensor.get((group, tensor), ()):
+        for piece in self._by_tensor[group, tensor]:
             first = max(offset, piece.offset)
             beyond = min(offset + length, piece.offset + piece.length)
             if first < beyond:
@@ -163,16 +165,23 @@ class CheckpointReader:
         return found
 
     @cached_property
-    def _by_tensor(self) -> dict[tuple[str, str], list]:
-        found: dict[tuple[str, str], list] = {}
+    def _by_tensor(self) -> dict[tuple[str, str], list[SliceRecord]]:
+        found: dict[tuple[str, str], list[SliceRecord]] = {}
         for piece in self.manifest.slices:
             found.setdefault((piece.group, piece.tensor), []).append(piece)
         return found
 
+    @cached_property
+    def _lengths(self) -> dict[str, dict[str, int]]:
+        return lengths_by_file(self.manifest)
+
     def _file(self, name: str) -> dict[str, Tensor]:
         if name not in self._files:
-            content = _verified(self.checkpoint, self._record(name))
-            self._files[name] = safetensors.torch.load(content)
+            content = read_sound_slices(self.checkpoint, self._record(name), self._lengths[name])
+            try:
+                self._files[name] = safetensors.torch.load(content)
+            except SafetensorError as error:
+                raise Damaged(f"{self.checkpoint.uri}/{name} is damaged: {error}") from error
         return self._files[name]
 
     def _record(self, name: str) -> FileRecord:
@@ -212,15 +221,32 @@ def load_generator(
     reader = CheckpointReader(checkpoint)
     config = parse(reader.state.config, (checkpoint / STATE).uri)
     decay = config.optimisation.ema_decays[0] if decay is None else decay
-    generator = build_generator(config)
-    generator.load_state_dict(reader.tensors(average_group(decay) if decay else GENERATOR))
+    group = average_group(decay) if decay else GENERATOR
+    generator, tensors = build_generator(config), reader.tensors(group)
+    _check_shapes(checkpoint, group, generator.state_dict(), tensors)
+    generator.load_state_dict(tensors)
     return generator.eval().requires_grad_(False).to(device or torch.device("cpu"))
 
 
-def _verified(checkpoint: Location, record: FileRecord) -> bytes:
-    content = (checkpoint / record.name).read()
-    if hashlib.sha256(content).hexdigest() != record.sha256:
-        raise BadInput(
-            f"{checkpoint.uri}/{record.name} is damaged: its sha256 is not the manifest's"
-        )
-    return content
+def _check_shapes(
+    checkpoint: Location, group: str, wanted: dict[str, Tensor], found: dict[str, Tensor]
+) -> None:
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in wanted or name not in found or wanted[name].shape != found[name].shape:
+            raise Damaged(
+                f"{checkpoint.uri}: {group}: {name} doesn't fit the network of the configuration "
+                f"in {STATE}: restore the checkpoint from a copy, or take another"
+            )
+
+
+def _mark(checkpoint: Location, damaged: list[str]) -> None:
+    """Notes what is damaged, for those who delete old checkpoints, or that nothing is."""
+    place = checkpoint / DAMAGED
+    try:
+        if damaged:
+            place.write("\n".join(damaged).encode())
+        else:
+            place.delete()
+    except ExpectedError as error:
+        # Only the number of checkpoints that are kept depends on it.
+        logger.warning("the mark of a damaged checkpoint can't be changed: %s", error)

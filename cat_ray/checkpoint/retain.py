@@ -6,20 +6,43 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated
 
-from cat_ray.checkpoint.layout import DAMAGED, FOLDER, MANIFEST, read_whole
-from cat_ray.errors import BadInput
+from pydantic import Field, TypeAdapter, ValidationError
+
+from cat_ray.checkpoint.layout import (
+    DAMAGED,
+    FOLDER_FORM,
+    LEASE_FORM,
+    MANIFEST,
+    checkpoint_folders,
+    images_of,
+    is_own_file,
+    parsed,
+    read_whole,
+)
+from cat_ray.checkpoint.records import first_problem
+from cat_ray.errors import BadInput, Damaged, ExpectedError, NotFound
 from cat_ray.storage import Location
 
 LEASE_SECONDS = 3600.0
+# A measurement's lasts a day; the clocks of two machines may differ.
+LONGEST_LEASE_SECONDS = 2 * 24 * 3600.0
 BEST = "best.json"
 
 logger = logging.getLogger(__name__)
 
 
-def images_of(name: str) -> int:
-    """Images seen of a checkpoint, from its folder's name."""
-    return int(name.split("-")[1])
+@dataclass(frozen=True)
+class Lease:
+    """Until when somebody reads a checkpoint, in unix time."""
+
+    until: Annotated[float, Field(allow_inf_nan=False)]
+
+
+_LEASE = TypeAdapter(Lease)
+_BEST = TypeAdapter(list[str])
 
 
 def kept(images: list[int], keep: int, every_images: int | None) -> set[int]:
@@ -43,8 +66,9 @@ def drop_old(
     """Deletes the checkpoints that `kept` leaves out, are not among the best, and nobody holds a
     lease of.
 
-    What was never committed, or is damaged, goes as well when a committed one is newer. Where the
-    storage fails, what is left is deleted the next time.
+    What was never committed, or is damaged, goes as well when a committed one is newer. A folder
+    that holds anything else than a checkpoint's files is left alone, as is every folder with
+    another name. Where the storage fails, what is left is deleted the next time.
 
     Args:
         run: the run's folder.
@@ -55,7 +79,9 @@ def drop_old(
     """
     try:
         _drop_old(run, keep, every_images, committed)
-    except BadInput as error:
+    except Damaged as error:
+        logger.warning("%s; until it is restored or removed, no checkpoint is deleted", error)
+    except ExpectedError as error:
         logger.warning("%s; old checkpoints are deleted after the next save", error)
 
 
@@ -65,9 +91,15 @@ def write_best(run: Location, names: list[str]) -> None:
 
 
 def read_best(run: Location) -> list[str]:
-    """The checkpoints that were measured to be the best, the very best first."""
-    place = run / BEST
-    return json.loads(place.read()) if place.exists() else []
+    """The checkpoints that were measured to be the best, the very best first.
+
+    Raises:
+        Damaged: it can't be known which they are.
+    """
+    try:
+        return parsed(run / BEST, _parse_best)
+    except NotFound:
+        return []
 
 
 @contextmanager
@@ -82,7 +114,7 @@ def lease(checkpoint: Location, seconds: float = LEASE_SECONDS) -> Iterator[None
     place = checkpoint / f"lease-{uuid.uuid4().hex[:8]}.json"
     try:
         place.write(json.dumps({"until": time.time() + seconds}).encode())
-    except BadInput as error:
+    except ExpectedError as error:
         logger.warning("no lease, a training run may delete what is being read: %s", error)
         yield
         return
@@ -91,29 +123,64 @@ def lease(checkpoint: Location, seconds: float = LEASE_SECONDS) -> Iterator[None
             raise BadInput(f"{checkpoint.uri} was deleted while it was being opened: try again")
         yield
     finally:
-        place.delete()
+        _end(place)
 
 
 def leased(checkpoint: Location) -> bool:
     """Whether somebody uses the checkpoint now."""
-    names = [name for name in checkpoint.sizes() if name.startswith("lease-")]
+    names = [name for name in checkpoint.sizes() if LEASE_FORM.fullmatch(name)]
     return any(_until(checkpoint / name) > time.time() for name in names)
 
 
-def _until(place: Location) -> float:
-    """When a lease runs out; 0 if its reader is done by now."""
+def _parse_best(content: bytes) -> list[str]:
     try:
-        return json.loads(place.read())["until"]
-    except BadInput:
-        if place.exists():
-            raise
+        names = _BEST.validate_json(content, strict=True)
+    except ValidationError as error:
+        raise ValueError(first_problem(error)) from error
+    if foreign := [name for name in names if not FOLDER_FORM.fullmatch(name)]:
+        raise ValueError(f"{foreign[0]!r} is not the name of a checkpoint's folder")
+    return names
+
+
+def _parse_lease(content: bytes) -> float:
+    try:
+        until = _LEASE.validate_json(content, strict=True).until
+    except ValidationError as error:
+        raise ValueError(first_problem(error)) from error
+    if until > time.time() + LONGEST_LEASE_SECONDS:
+        raise ValueError("no lease is that long")
+    return until
+
+
+def _until(place: Location) -> float:
+    """When a lease runs out; 0 if its reader is done by now.
+
+    Of one that says nothing of use it is only known that somebody wrote it: it holds for as long
+    as one that was written then.
+    """
+    try:
+        return parsed(place, _parse_lease)
+    except NotFound:
         return 0.0
+    except Damaged as error:
+        written = place.modified()
+        if written is None:
+            return 0.0
+        logger.warning("%s; it holds until it is %.0f s old", error, LEASE_SECONDS)
+        return written + LEASE_SECONDS
+
+
+def _end(place: Location) -> None:
+    try:
+        place.delete()
+    except ExpectedError as error:
+        logger.warning("a lease stays until it runs out: %s", error)
 
 
 def _drop_old(
     run: Location, keep: int, every_images: int | None, committed: Location | None
 ) -> None:
-    folders = (run / FOLDER).folders()
+    folders = checkpoint_folders(run)
     complete = [
         folder
         for folder in folders
@@ -134,6 +201,15 @@ def _drop_old(
 
 
 def _delete(folder: Location) -> None:
+    foreign = _foreign(folder)
+    if foreign:
+        logger.warning(
+            "%s is kept, for it holds %s, which is not cat-ray's: move that elsewhere to have the "
+            "checkpoint deleted",
+            folder.uri,
+            foreign[0],
+        )
+        return
     # Without it the rest is no checkpoint, should the deletion break off.
     manifest = (folder / MANIFEST).read() if (folder / MANIFEST).exists() else None
     (folder / MANIFEST).delete()
@@ -141,4 +217,13 @@ def _delete(folder: Location) -> None:
         # A reader looks for the manifest after it wrote its lease: one of the two sees the other.
         (folder / MANIFEST).write(manifest)
         return
-    folder.delete_folder()
+    for name in filter(is_own_file, folder.sizes()):
+        (folder / name).delete()
+    if not _foreign(folder):
+        folder.delete_folder()
+
+
+def _foreign(folder: Location) -> list[str]:
+    """What lies in a checkpoint's folder that this program did not put there."""
+    names = [name for name in folder.sizes() if not is_own_file(name)]
+    return [*names, *(found.name for found in folder.folders())]

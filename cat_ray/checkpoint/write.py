@@ -7,12 +7,9 @@ written by the first worker as soon as all parts are there, or, if that worker i
 the driver before it starts the next group.
 """
 
-import errno
 import hashlib
 import logging
-import os
 import queue
-import re
 import shutil
 import tempfile
 import threading
@@ -20,38 +17,32 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from cat_ray.checkpoint.commit import commit_if_whole
 from cat_ray.checkpoint.layout import (
     FOLDER,
-    MANIFEST,
     STATE,
-    FileRecord,
-    Part,
-    SliceRecord,
     State,
     folder_name,
-    join,
-    parse_part,
     part_file,
     slice_file,
 )
-from cat_ray.errors import BadInput
+from cat_ray.checkpoint.read import newest
+from cat_ray.checkpoint.records import FileRecord, Part, SliceRecord
+from cat_ray.checkpoint.slice_file import write_slice_file
+from cat_ray.errors import ExpectedError, StorageDown, StorageFull
 from cat_ray.storage import Location
+from cat_ray.storage_errors import retry
 
 LOCAL_POLL_SECONDS = 0.02
 REMOTE_POLL_SECONDS = 0.5
-FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 30.0
-BLOCK_BYTES = 8 << 20
 T = TypeVar("T")
-PART_NAME = re.compile(r"part-(\d+)-of-(\d+)\.json")
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +87,8 @@ class CheckpointWriter:
         rank: which worker this is.
         world_size: of how many.
         pending: how many saves may be under way; the next one waits for a free place.
-        retry_seconds: for how long a write that the storage refuses is tried again.
+        retry_seconds: for how long each write is retried while the storage is down; it replaces the
+            patience of `run`.
         local_folder: where parts wait for their upload; the temporary folder if None.
         before_record: called in the background before each record of this worker's part, without
             which there is no commit.
@@ -135,7 +127,7 @@ class CheckpointWriter:
         """Begins a save, and returns before the slices are copied: they may change after `settle`.
 
         Raises:
-            BadInput: an earlier save failed.
+            ExpectedError: an earlier save failed.
         """
         began = time.perf_counter()
         self._raise_failure()
@@ -147,7 +139,12 @@ class CheckpointWriter:
         )
 
     def settle(self) -> None:
-        """Waits until what is being saved may change: before each optimiser's step."""
+        """Waits until what is being saved may change: before each optimiser's step.
+
+        Raises:
+            ExpectedError: a save failed.
+        """
+        self._raise_failure()
         if self._copying is not None:
             began = time.perf_counter()
             self._copying.result()
@@ -158,7 +155,7 @@ class CheckpointWriter:
         """The saves that were finished since the last call.
 
         Raises:
-            BadInput: one failed.
+            ExpectedError: one failed.
         """
         done = [future for future in self._under_way if future.done()]
         self._under_way = [future for future in self._under_way if future not in done]
@@ -168,7 +165,7 @@ class CheckpointWriter:
         """Waits for all saves under way, and returns those that `finished` would.
 
         Raises:
-            BadInput: one failed.
+            ExpectedError: one failed.
         """
         saved = [future.result() for future in self._under_way]
         self._under_way = []
@@ -201,25 +198,20 @@ class CheckpointWriter:
         checkpoint = self._run / FOLDER / folder_name(state.images, self._worker_group)
         # Its own: workers that share a machine remove what they have uploaded.
         own = self._local / f"cat-ray-{checkpoint.name}-{self._rank:02d}"
-        staging = checkpoint.local_path or own
         try:
-            part = self._write_slices(staging, slices, copies)
+            try:
+                part = self._write_slices(checkpoint.local_path or own, slices, copies)
+            finally:
+                self._buffers.put(buffer)
+            local = time.perf_counter() - began
+            self._write_part(checkpoint, own, part, state)
+            if self._rank == 0:
+                self._commit(checkpoint)
+        except StorageFull as error:
+            self._remove_part(checkpoint, slices)
+            raise StorageFull(f"{error}{self._remaining()}") from error
         finally:
-            self._buffers.put(buffer)
-        local = time.perf_counter() - began
-        if staging != checkpoint.local_path:
-            for record in part.files:
-                self._put(checkpoint / record.name, staging / record.name)
-            shutil.rmtree(staging, ignore_errors=True)
-        if self._rank == 0:
-            content = state.to_json()
-            self._put(checkpoint / STATE, content)
-            record = FileRecord(STATE, len(content), hashlib.sha256(content).hexdigest())
-            part = Part((*part.files, record), part.slices)
-        self._before_record()
-        self._put(checkpoint / part_file(self._rank, self._world_size), part.to_json())
-        if self._rank == 0:
-            self._commit(checkpoint)
+            shutil.rmtree(own, ignore_errors=True)
         stored = time.perf_counter() - began
         return Saved(state.images, checkpoint, stall.seconds, local, stored)
 
@@ -230,53 +222,78 @@ class CheckpointWriter:
         for group in dict.fromkeys(piece.group for piece in slices):
             name = slice_file(group, self._rank, self._world_size)
             own = [(s, c) for s, c in zip(slices, copies, strict=True) if s.group == group]
-            partial = folder / f".{name}.partial"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                partial.touch()
-                mode = partial.stat().st_mode
-                safetensors.torch.save_file({s.tensor: copy for s, copy in own}, partial)
-                # safetensors makes a file that only its owner may read.
-                partial.chmod(mode)
-                files.append(_made_durable(partial, name))
-                partial.replace(folder / name)
-            except (OSError, SafetensorError) as error:
-                raise _explained(folder / name, error) from error
+            tensors = {s.tensor: copy for s, copy in own}
+            # On a network mount this may have to be tried again, too.
+            files.append(self._retry(partial(write_slice_file, folder / name, tensors)))
             records += [
                 SliceRecord(group, s.tensor, s.shape, s.offset, len(s.values), name) for s, _ in own
             ]
         return Part(tuple(files), tuple(records))
 
+    def _write_part(self, checkpoint: Location, staging: Path, part: Part, state: State) -> None:
+        """Uploads the slices if they lie elsewhere, and then writes what tells of them."""
+        if checkpoint.local_path is None:
+            for record in part.files:
+                self._put(checkpoint / record.name, staging / record.name)
+        if self._rank == 0:
+            content = state.to_json()
+            self._put(checkpoint / STATE, content)
+            record = FileRecord(STATE, len(content), hashlib.sha256(content).hexdigest())
+            part = Part((*part.files, record), part.slices)
+        self._before_record()
+        self._put(checkpoint / part_file(self._rank, self._world_size), part.to_json())
+
+    def _remove_part(self, checkpoint: Location, slices: Sequence[Slice]) -> None:
+        """Frees the space that a part takes which is not whole."""
+        groups = dict.fromkeys(piece.group for piece in slices)
+        names = [slice_file(group, self._rank, self._world_size) for group in groups]
+        if self._rank == 0:
+            names.append(STATE)
+        try:
+            if (checkpoint / part_file(self._rank, self._world_size)).exists():
+                # It is whole: only the manifest is missing, which the next start writes.
+                return
+            for name in names:
+                (checkpoint / name).delete()
+        except ExpectedError as error:
+            logger.warning("an unfinished checkpoint stays in %s: %s", checkpoint.uri, error)
+
+    def _remaining(self) -> str:
+        """What a message adds if the run has a checkpoint to go on from."""
+        try:
+            return "; the previous checkpoint is whole" if newest(self._run) else ""
+        except ExpectedError as error:
+            return f"; whether the previous checkpoint is whole can't be told: {error}"
+
     def _put(self, place: Location, content: bytes | Path) -> None:
         """Writes a file."""
         if isinstance(content, Path):
-            self._insist(place, lambda: place.upload(content))
+            self._insist(place, lambda at: at.upload(content))
         else:
-            self._insist(place, lambda: place.write(content))
+            self._insist(place, lambda at: at.write(content))
 
-    def _insist(self, place: Location, act: Callable[[], T]) -> T:
-        """Does something on storage, again and again for a while where it fails."""
-        give_up_at, pause = time.monotonic() + self._retry_seconds, FIRST_PAUSE_SECONDS
-        while True:
-            try:
-                if self._refused:
-                    self._refused -= 1
-                    raise BadInput(f"storage failed at {place.uri}: refused by a drill")
-                return act()
-            except BadInput as error:
-                cause = error.__cause__
-                if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-                    raise _explained(place.uri, cause) from error
-                if time.monotonic() > give_up_at:
-                    raise
-                logger.warning("%s; trying again in %g s", error, pause)
-            if self._given_up.wait(pause):
-                raise GroupFailed
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+    def _insist(self, place: Location, act: Callable[[Location], T]) -> T:
+        """Does something on storage, again and again for a while where it is down."""
+
+        def once() -> T:
+            if self._refused:
+                self._refused -= 1
+                raise StorageDown(f"storage failed at {place.uri}: refused by a drill")
+            return act(place.retried(0))
+
+        return self._retry(once)
+
+    def _retry(self, act: Callable[[], T]) -> T:
+        try:
+            return retry(act, self._retry_seconds, stopped=self._given_up)
+        except StorageDown as error:
+            if self._given_up.is_set():
+                raise GroupFailed from error
+            raise
 
     def _commit(self, checkpoint: Location) -> None:
         poll = LOCAL_POLL_SECONDS if checkpoint.local_path else REMOTE_POLL_SECONDS
-        while not self._insist(checkpoint / MANIFEST, lambda: commit_if_whole(checkpoint)):
+        while not self._insist(checkpoint, commit_if_whole):
             if self._given_up.wait(poll):
                 raise GroupFailed
         if self._committed is not None:
@@ -294,24 +311,6 @@ class GroupFailed(Exception):
     """The worker group has failed: this worker's part of a save is of no use to anyone."""
 
 
-def commit_if_whole(checkpoint: Location) -> bool:
-    """Writes the manifest if the parts of all workers are there; whether it is there now.
-
-    Whoever does it, and however often, writes the same.
-    """
-    sizes = checkpoint.sizes()
-    if MANIFEST in sizes:
-        return True
-    named = [match for name in sizes if (match := PART_NAME.fullmatch(name))]
-    if not named or len(named) < int(named[0][2]) or STATE not in sizes:
-        return False
-    parts = [parse_part((checkpoint / match[0]).read()) for match in named]
-    if None in parts:
-        return False
-    (checkpoint / MANIFEST).write(join(part for part in parts if part).to_json())
-    return True
-
-
 @torch.no_grad()
 def _copy(slices: Sequence[Slice], buffer: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The slices' values in a buffer of the CPU's, as its views; the same buffer if it fits."""
@@ -322,20 +321,3 @@ def _copy(slices: Sequence[Slice], buffer: Tensor) -> tuple[Tensor, list[Tensor]
     copies = list(buffer.split(lengths))
     torch._foreach_copy_(copies, [piece.values for piece in slices])
     return buffer, copies
-
-
-def _made_durable(path: Path, name: str) -> FileRecord:
-    digest = hashlib.sha256()
-    with path.open("r+b") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-        os.fsync(file.fileno())
-    return FileRecord(name, path.stat().st_size, digest.hexdigest())
-
-
-def _explained(place: object, error: Exception) -> BadInput:
-    full = "No space left" in str(error)
-    remedy = "free some and run the same command again; the previous checkpoint is whole"
-    return BadInput(
-        f"no space left for {place}: {remedy}" if full else f"can't write {place}: {error}"
-    )

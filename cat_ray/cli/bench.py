@@ -1,7 +1,6 @@
 """`cat-ray bench`: speed, as ratios of two things in one run."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterable
 from typing import Annotated
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from cat_ray import config as configuration
 from cat_ray.cli.shell import AsJson, Endpoint, Job, Overrides, app, speaking_plainly
+from cat_ray.cpus import usable_cpus
 from cat_ray.errors import BadInput
 from cat_ray.storage import locate
 
@@ -53,7 +53,7 @@ def bench_data(
         from cat_ray.operations.bench_data import bench_tables, to_json
 
         config = configuration.load(job, overrides or ())
-        speed = measure(config, images, cpus or os.cpu_count() or 1, repetitions)
+        speed = measure(config, images, cpus or usable_cpus(), repetitions)
         _tell(as_json, to_json(speed), bench_tables(speed))
 
 
@@ -73,7 +73,7 @@ def bench_waits(
         from cat_ray.operations.bench_waits import to_json, waits_table
 
         config = configuration.load(job, overrides or ())
-        waits = measure(config, workers, step_seconds, steps, cpus or os.cpu_count() or 1)
+        waits = measure(config, workers, step_seconds, steps, cpus or usable_cpus())
         _tell(as_json, to_json(waits), [waits_table(waits, step_seconds)])
 
 

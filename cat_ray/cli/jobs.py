@@ -15,7 +15,7 @@ from cat_ray.cli.shell import (
     speaking_plainly,
     with_beginning,
 )
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, printable
 
 Address = Annotated[
     str,
@@ -101,7 +101,7 @@ def status(
         else:
             known = status_of(server.job(submission_id))
             if follow:
-                ending = Follower(server, submission_id, _show).follow()
+                ending = Follower(server, submission_id, _show, _say).follow()
                 _say(f"{submission_id} ended: {ending}")
                 raise typer.Exit(ending.exit_code)
             shown = to_json([known]) if as_json else job_table(known, server.log(submission_id))
@@ -121,13 +121,15 @@ def stop(
         from cat_ray.submission.attempt import stop as stop_attempt
         from cat_ray.submission.server import JobServer
 
-        typer.echo(stop_attempt(JobServer(address), submission_id))
+        typer.echo(printable(stop_attempt(JobServer(address), submission_id, _say)))
 
 
 def _show(text: str) -> None:
-    sys.stdout.write(text)
+    from cat_ray.submission.status import log_text
+
+    sys.stdout.write(log_text(text))
     sys.stdout.flush()
 
 
 def _say(line: str) -> None:
-    print(f"cat-ray: {line}", file=sys.stderr, flush=True)
+    print(f"cat-ray: {printable(line)}", file=sys.stderr, flush=True)

@@ -21,13 +21,14 @@ from cat_ray.cli.shell import (
     with_beginning,
 )
 from cat_ray.errors import BadInput
+from cat_ray.stop_signals import stoppable
 from cat_ray.storage import locate
 
 
 @app.command()
 def train(job: Job, overrides: Overrides = None, initialise_from: InitialiseFrom = None) -> None:
     """Train a job; the same command again continues it where it stopped."""
-    with speaking_plainly():
+    with speaking_plainly(), stoppable():
         config = configuration.load(job, with_beginning(overrides, initialise_from))
         from cat_ray.training.phases import train_job
 

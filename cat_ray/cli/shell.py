@@ -1,7 +1,7 @@
 """What all commands share: the application, common arguments, and how mistakes are told."""
 
 import contextlib
-import json
+import math
 import sys
 import threading
 import traceback
@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from typing import Annotated, NoReturn
 
 import typer
+import yaml
 
 from cat_ray.errors import BadInput, ExpectedError, last_line, printable
 from cat_ray.storage import Location
+from cat_ray.storage_errors import no_space_left
+from cat_ray.uris import redacted
 
 INTERRUPTED = 130
 DEBUG = threading.Event()
@@ -53,8 +56,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
 
 def with_beginning(overrides: list[str] | None, initialise_from: str | None) -> list[str]:
     """The overrides, and `--initialise-from` as one of them."""
-    own = [f"run.initialise_from={json.dumps(initialise_from)}"] if initialise_from else []
-    return [*(overrides or ()), *own]
+    if not initialise_from:
+        return list(overrides or ())
+    # As YAML: JSON writes an emoji as two characters that are none.
+    value = yaml.safe_dump(initialise_from, default_style='"', width=math.inf).strip()
+    return [*(overrides or ()), f"run.initialise_from={value}"]
 
 
 def existing_run(place: Location) -> Location:
@@ -86,16 +92,25 @@ def speaking_plainly() -> Iterator[None]:
         _end(error, str(error), error.exit_code)
     except KeyboardInterrupt as error:
         _end(error, "interrupted", INTERRUPTED)
+    except OSError as error:
+        full = no_space_left(error)
+        if full is None:
+            _end_unexpected(error)
+        _end(error, str(full), full.exit_code)
     except Exception as error:
-        told = f"unexpected {type(error).__name__}: {last_line(error)}"
-        advice = "run it again as `cat-ray --debug ...` for the traceback, and report it"
-        _end(error, f"{told} ({advice})", ExpectedError.exit_code)
+        _end_unexpected(error)
+
+
+def _end_unexpected(error: Exception) -> NoReturn:
+    told = f"unexpected {type(error).__name__}: {last_line(error)}"
+    advice = "run it again as `cat-ray --debug ...` for the traceback, and report it"
+    _end(error, f"{told} ({advice})", ExpectedError.exit_code)
 
 
 def _end(error: BaseException, message: str, exit_code: int) -> NoReturn:
     if DEBUG.is_set():
-        traceback.print_exception(error)
-    print(f"cat-ray: {printable(message)}", file=sys.stderr)
+        print(redacted("".join(traceback.format_exception(error))), file=sys.stderr)
+    print(f"cat-ray: {printable(redacted(message))}", file=sys.stderr)
     raise typer.Exit(exit_code) from None
 
 

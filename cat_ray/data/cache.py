@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 CHECKSUM_BYTES = 16
 ROOM_AFTER_SWEEP = 0.9
 SWEEP_EVERY_BYTES = 0.02
+# What else lies in the folder is somebody's, and is never deleted.
+OWN_NAME = re.compile(r"[0-9a-f]{64}(\.\d+-\d+\.partial)?")
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,9 @@ class Cache:
             # The order in which parts are given up.
             os.utime(path)
         except FileNotFoundError:
+            return None
+        except OSError as error:
+            logger.warning("the cache %s can't be read: %s", self.folder, error)
             return None
         body, checksum = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
         return body if checksum == _checksum(body) else None
@@ -64,6 +70,8 @@ class Cache:
     def _sweep(self) -> None:
         found = []
         for path in Path(self.folder).glob("??/*"):
+            if not OWN_NAME.fullmatch(path.name) or not path.name.startswith(path.parent.name):
+                continue
             # Another process may have swept it.
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()

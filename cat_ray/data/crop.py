@@ -2,6 +2,8 @@
 
 from PIL import Image
 
+from cat_ray.data.image_file import MAX_PIXELS, BrokenSample
+
 
 def center_crop(image: Image.Image, side: int) -> Image.Image:
     """The middle square of a picture, `side` pixels wide: ADM's, bit for bit.
@@ -13,12 +15,18 @@ def center_crop(image: Image.Image, side: int) -> Image.Image:
     Args:
         image: of any mode that Pillow can scale, such as L or RGB.
         side: of the square.
+
+    Raises:
+        BrokenSample: it is so narrow that to scale it takes too much memory.
     """
     while min(image.size) >= 2 * side:
         half, box = (image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX
         image = _down(_across(image, half[0], box), half[1], box)
     scale = side / min(image.size)
     width, height = (round(length * scale) for length in image.size)
+    if max(width * image.size[1], side * height) > MAX_PIXELS:
+        told = f"{image.size[0]:,} x {image.size[1]:,} pixels can't be scaled"
+        raise BrokenSample(f"{told} to {side:,} x {side:,}: it is too narrow")
     left, top = (width - side) // 2, (height - side) // 2
     image = _across(image, width, Image.Resampling.BICUBIC)
     # Columns that are cut off needn't be scaled downwards.

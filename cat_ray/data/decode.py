@@ -1,66 +1,27 @@
 """A sample's bytes to what is trained on: pixels and a class."""
 
-import io
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from cat_ray.data.crop import center_crop
+from cat_ray.data.image_file import JPEG_START, BrokenSample, check_size, open_image
 from cat_ray.data.tar import RawSample
 from cat_ray.errors import BadInput
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 LABEL_ENDING, JSON_ENDING = "cls", "json"
 LABEL_KEYS = ("label", "cls", "class", "class_id")
-UNREADABLE = (
-    Image.DecompressionBombError,
-    OSError,
-    SyntaxError,
-    ValueError,
-)
-MODES = {1: "L", 3: "RGB"}
-JPEG_START = b"\xff\xd8\xff"
+DIGITS = 18
+WHOLE_NUMBER = re.compile(rf"\s*[+-]?[0-9]{{1,{DIGITS}}}\s*")
+# Of a class in a .json member, or a text that is no number, so much is shown.
+SHOWN = 40
 THREE_COMPONENTS = "YCbCr"
-
-
-class BrokenSample(Exception):
-    """A sample that can't be decoded; the message says which and why."""
-
-
-@contextmanager
-def opened_image(content: bytes) -> Iterator[Image.Image]:
-    """An encoded image as Pillow opens it; only its header is read until more is asked for.
-
-    Raises:
-        BrokenSample: it isn't a readable image, or what is done with it shows so.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            yield image
-    except UnidentifiedImageError as error:
-        # Pillow's words hold an address in memory.
-        raise BrokenSample("not a readable image (of no known format)") from error
-    except UNREADABLE as error:
-        raise BrokenSample(f"not a readable image ({error})") from error
-
-
-def open_image(content: bytes, channels: int) -> Image.Image:
-    """A whole encoded image in grey (1 channel) or RGB (3).
-
-    As ADM does it, the orientation that a camera wrote beside the pixels is not looked at.
-
-    Raises:
-        BrokenSample: it isn't a readable image.
-    """
-    with opened_image(content) as image:
-        pixels = image.convert(MODES[channels])
-    # Colour profiles and the like would be written again with the pixels.
-    pixels.info.clear()
-    return pixels
 
 
 def decode_image(
@@ -96,12 +57,16 @@ def _decode_jpeg(content: bytes, crop: bool, out: np.ndarray) -> bool:
     """
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(content)
-        fits = (height, width) == out.shape[:2]
-        if space != THREE_COMPONENTS or not (fits or crop):
-            return False
-        pixels = simplejpeg.decode_jpeg(content, colorspace="RGB", buffer=out if fits else None)
-    except ValueError:
+    except Exception:
         # Pillow tells more of what is wrong, and reads some that are a little damaged.
+        return False
+    fits = (height, width) == out.shape[:2]
+    if space != THREE_COMPONENTS or not (fits or crop):
+        return False
+    check_size(width, height, content)
+    try:
+        pixels = simplejpeg.decode_jpeg(content, colorspace="RGB", buffer=out if fits else None)
+    except Exception:
         return False
     if not fits:
         out[:] = np.asarray(center_crop(Image.fromarray(pixels), out.shape[0]))
@@ -119,7 +84,7 @@ def class_of(members: Mapping[str, bytes]) -> int:
     elif JSON_ENDING in members:
         try:
             values = json.loads(members[JSON_ENDING])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BrokenSample(f"its .{JSON_ENDING} member can't be read ({error})") from error
         if not isinstance(values, dict):
             raise BrokenSample(f"its .{JSON_ENDING} member holds no keys")
@@ -131,10 +96,21 @@ def class_of(members: Mapping[str, bytes]) -> int:
             f"it has no class: a .{LABEL_ENDING} member, or a .{JSON_ENDING} one with "
             f"{' or '.join(LABEL_KEYS)}"
         )
-    try:
-        return int(text)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise BrokenSample(f"its class {text!r} is not a number") from error
+    return _class_id(text)
+
+
+def _class_id(value: Any) -> int:
+    """A whole number, or its digits: what Python makes of 0.7, true and 1_0 is none."""
+    if isinstance(value, bytes):
+        value = value.decode("ascii", errors="replace")
+    if isinstance(value, str) and WHOLE_NUMBER.fullmatch(value):
+        return int(value)
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    if whole and abs(value) < 10**DIGITS:
+        return int(value)
+    shown = repr(value)
+    shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+    raise BrokenSample(f"its class {shown} is not a number")
 
 
 def encoded_image(members: Mapping[str, bytes]) -> bytes:

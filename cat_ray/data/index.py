@@ -6,21 +6,35 @@ read without the rest.
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from annotated_types import Ge, Le
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, Damaged
 from cat_ray.storage import Location
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 INDEX_NAME = "index.json"
 EXTENTS_NAME = "extents.safetensors"
 FORMAT = 2
 BLOCK_BYTES = 2**20
+# An index counts the samples of every class id up to the largest.
+MAX_CLASSES = 1_000_000
+# Where the file must be strict; pydantic looks at it.
+STRICT: dict[str, Any] = {"strict": True, "extra": "forbid"}
 
+Count = Annotated[int, Ge(0), Le(2**62)]
+Side = Annotated[int, Ge(1), Le(2**16)]
 Extents = Mapping[str, np.ndarray]
 
 
@@ -28,9 +42,11 @@ Extents = Mapping[str, np.ndarray]
 class Shard:
     """One tar file: its name, samples, bytes and sha256."""
 
+    __pydantic_config__: ClassVar = STRICT
+
     name: str
-    count: int
-    bytes: int
+    count: Count
+    bytes: Count
     sha256: str
 
 
@@ -50,14 +66,16 @@ class Index:
         made_with: how latents came about: the VAE's name, revision, scaling factor and the like.
     """
 
+    __pydantic_config__: ClassVar = STRICT
+
     contents: Literal["images", "latents"]
-    resolution: int | None
-    channels: int
-    class_counts: tuple[int, ...]
+    resolution: Side | None
+    channels: Side
+    class_counts: tuple[Count, ...]
     source: str
     shards: tuple[Shard, ...]
     extents_sha256: str
-    pack_images: int = 1
+    pack_images: Annotated[int, Ge(1), Le(2**31)] = 1
     made_with: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -90,6 +108,19 @@ class Index:
         return json.dumps(values, indent=1).encode()
 
 
+def dense(class_counts: Mapping[int, int]) -> tuple[int, ...]:
+    """Samples of every class from 0 to the largest, as an index has them.
+
+    Raises:
+        BadInput: a class id is negative, or too large to be one.
+    """
+    if wrong := [label for label in class_counts if not 0 <= label < MAX_CLASSES]:
+        raise BadInput(
+            f"class id {wrong[0]} is not in 0 to {MAX_CLASSES - 1:,}: number the classes from 0 on"
+        )
+    return tuple(class_counts.get(label, 0) for label in range(max(class_counts, default=-1) + 1))
+
+
 def write_index(folder: Location, index: Index, extents: Extents) -> Index:
     """Writes both files, the index last, and returns it with the hash of the extents.
 
@@ -107,7 +138,8 @@ def read_index(folder: Location) -> Index:
     """Reads `index.json` of a folder of shards.
 
     Raises:
-        BadInput: there is none, or it isn't one that this version can read.
+        BadInput: there is none.
+        Damaged: it isn't one that this version can read.
     """
     place = folder / INDEX_NAME
     if not place.exists():
@@ -115,29 +147,82 @@ def read_index(folder: Location) -> Index:
             f"{folder.uri} has no {INDEX_NAME}: make the shards with `cat-ray prepare`, "
             "or index those of others with `cat-ray index`"
         )
+    from pydantic import ValidationError
+
     try:
-        values = json.loads(place.read())
-        if not isinstance(values, dict) or values.pop("format") != FORMAT:
-            raise ValueError(f"it is not of format {FORMAT}, `cat-ray index` makes one")
-        shards = tuple(Shard(**shard) for shard in values.pop("shards"))
-        return Index(**{**values, "class_counts": tuple(values["class_counts"])}, shards=shards)
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{place.uri} is not a shard index: {error}") from error
+        file = _schema().validate_json(place.read())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        at = ".".join(map(str, first["loc"]))
+        raise _no_index(place, f"{at}: {first['msg']}" if at else first["msg"]) from error
+    index = Index(**{part.name: getattr(file, part.name) for part in fields(Index)})
+    if told := _inconsistency(index):
+        raise _no_index(place, told)
+    return index
+
+
+@cache
+def _schema() -> "TypeAdapter[Index]":
+    # Processes that only read blocks need no pydantic, which takes a while to import.
+    from pydantic import TypeAdapter
+
+    @dataclass(frozen=True, kw_only=True)
+    class File(Index):
+        format: Literal[2]
+
+    return TypeAdapter(File)
+
+
+def _inconsistency(index: Index) -> str | None:
+    """What in an index can't be, though each value by itself could."""
+    names = Counter(shard.name for shard in index.shards)
+    for shard in index.shards:
+        if shard.name in ("", ".", "..") or "/" in shard.name or names[shard.name] > 1:
+            return f"shard {shard.name!r} is no file of its own in the folder"
+        if shard.count > shard.bytes:
+            return f"shard {shard.name} can't hold {shard.count:,} samples in {shard.bytes:,} bytes"
+    factor = index.made_with.get("scaling_factor", 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
+        return f"made_with.scaling_factor: {factor!r} is no number"
+    return None
+
+
+def _no_index(place: Location, why: str) -> Damaged:
+    return Damaged(f"{place.uri} is not a shard index: {why}. Make it anew with `cat-ray index`")
 
 
 def read_extents(folder: Location, index: Index) -> Extents:
     """Where in each shard its packs lie, as `write_index` took it.
 
     Raises:
-        BadInput: the file isn't the one that the index tells of.
+        Damaged: the file isn't the one that the index tells of, or can't be right.
+        BadInput: there is none.
     """
     place = folder / EXTENTS_NAME
     content = place.read()
     if hashlib.sha256(content).hexdigest() != index.extents_sha256:
-        raise BadInput(
+        raise Damaged(
             f"{place.uri} is not the one of {INDEX_NAME}: make both anew with `cat-ray index`"
         )
-    return load(content)
+    try:
+        extents = load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        why = f"is no safetensors file ({error})"
+        raise Damaged(f"{place.uri} {why}: make it anew with `cat-ray index`") from error
+    for shard in index.shards:
+        if not _fit(extents.get(shard.name), -(-shard.count // index.pack_images)):
+            raise Damaged(
+                f"{place.uri} doesn't tell where the samples of {shard.name} lie: make it and "
+                f"{INDEX_NAME} anew with `cat-ray index`"
+            )
+    return extents
+
+
+def _fit(places: np.ndarray | None, packs: int) -> bool:
+    """Whether so many packs can begin and end at these places."""
+    if places is None or places.dtype != np.int64 or places.shape != (packs + 1,):
+        return False
+    return bool(places[0] >= 0 and (places[1:] > places[:-1]).all())
 
 
 def check_shards(index: Index, folder: Location) -> None:

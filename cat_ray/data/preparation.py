@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cat_ray.data.latents import REDUCTION
-from cat_ray.section import Latents, Section, Storage
+from cat_ray.section import Latents, ModelName, Section, Storage, Uri
 
 # What packages carry, and how an index tells of it.
 CARRIED = {
@@ -22,15 +22,18 @@ class Source(Section):
         kind: `folders` of one class each, `tars` (a tar of class tars, or a folder of them),
             `webdataset`, `parquet`; `auto` looks. Packages carry `mnist` and, to measure speed
             with, 20,000 crops of two `photographs`.
+        pattern: of the files to read, as in `train-*.parquet` or `data/train-*.tar`; it is compared
+            with the last parts of their paths below `uri`.
         image_column: of Parquet: bytes, or a struct with `bytes`, as Hugging Face has it.
         label_column: of Parquet: class ids.
         crops: of the photographs: `256` pixels square, or `500` x 375 like ImageNet's.
     """
 
-    uri: str | None = None
+    uri: Uri | None = None
     kind: Literal["auto", "folders", "tars", "webdataset", "parquet", "mnist", "photographs"] = (
         "auto"
     )
+    pattern: str | None = Field(default=None, min_length=1)
     image_column: str = "image"
     label_column: str = "label"
     crops: Literal["256", "500"] = "256"
@@ -52,7 +55,7 @@ class Output(Section):
         seed: of the order of the samples, which are shuffled once.
     """
 
-    folder: str
+    folder: Uri
     contents: Literal["images", "latents"] = "images"
     resolution: int = Field(default=256, gt=0)
     channels: Literal[1, 3] = 3
@@ -66,7 +69,7 @@ class Output(Section):
 class Teacher(Section):
     """The DINOv2 of the tokens: a local folder or a hub name, its width, and their grid's side."""
 
-    name: str = "facebook/dinov2-base"
+    name: ModelName = "facebook/dinov2-base"
     width: int = Field(default=768, gt=0)
     grid: int = Field(default=16, gt=0)
 

@@ -8,8 +8,8 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
@@ -21,6 +21,7 @@ from cat_ray.data.contact import SHOWN, contact_sheet, histogram
 from cat_ray.data.encoder import Encoder, Encodings
 from cat_ray.data.index import INDEX_NAME, Index, Shard, read_index, write_index
 from cat_ray.data.latents import CHANNELS, REDUCTION, load_vae
+from cat_ray.data.names import counted
 from cat_ray.data.preparation import CARRIED, Output, Preparation
 from cat_ray.data.preparation import Source as SourceSection
 from cat_ray.data.shard_file import Written, write_shard_file
@@ -28,6 +29,7 @@ from cat_ray.data.shard_plan import ShardPlan, plan_shards
 from cat_ray.data.shard_task import Encode, image_entries, latent_entries, read_plan
 from cat_ray.data.sources import Source, Unit, guess_kind, list_units
 from cat_ray.data.tasks import run_tasks
+from cat_ray.data.writable import check_writable
 from cat_ray.errors import BadInput
 from cat_ray.objective.alignment import load_teacher
 from cat_ray.operations.counting import Counting
@@ -40,19 +42,75 @@ JOB_NAME, BROKEN_NAME = "preparation.json", "broken.json"
 HISTOGRAM_NAME, CONTACT_NAME = "classes.png", "contact.png"
 
 
-def prepare(job: Preparation) -> Index:
+@dataclass(frozen=True)
+class Found:
+    """What a job's source holds.
+
+    Attributes:
+        source: where samples come from.
+        units: in which they lie.
+        classes: the names of classes, where they have any.
+        left_out: what can't be used, counted by file ending or reason.
+    """
+
+    source: Source
+    units: Sequence[Unit]
+    classes: Sequence[str]
+    left_out: Mapping[str, int]
+
+    def describe(self) -> str:
+        """What will be read and what will not, for a person."""
+        count, kind = sum(unit.count for unit in self.units), self.source.kind
+        lines = [f"found {count:,} samples in {self.source.place.uri} ({kind})"]
+        if len(self.classes) > 1:
+            last = len(self.classes) - 1
+            lines[0] += f", class 0 is {self.classes[0]}, class {last} is {self.classes[last]}"
+        elif self.classes:
+            lines[0] += f", all of one class, {self.classes[0]}, for unconditional training"
+        if self.left_out:
+            lines.append(f"left out: {counted(self.left_out)}")
+        for label, name in enumerate(self.classes):
+            if all(map(str.isdecimal, self.classes)) and int(name) != label:
+                lines.append(f"classes are in the order of names as text: {name} is class {label}")
+                break
+        return "\n".join(lines)
+
+
+def look(job: Preparation) -> Found:
+    """Looks at what a job's source holds; writes nothing.
+
+    Raises:
+        BadInput: the source can't be read, or it is unclear of which class its samples are.
+    """
+    source, left_out = _source(job), Counter[str]()
+    units, classes = list_units(source, left_out)
+    return Found(source, units, classes, left_out)
+
+
+def prepare(job: Preparation, tell: Callable[[str], None] = lambda _: None) -> Index:
     """Writes the shards of a source that are not there yet, and then the index.
+
+    Args:
+        job: what to read and to write.
+        tell: gets what was found and what is left out, before the work.
 
     Raises:
         BadInput: the source can't be read, or the folder holds something else.
     """
     storage, output = job.storage, job.output
     folder = storage.locate(output.folder)
-    if (folder / INDEX_NAME).exists() and not (folder / JOB_NAME).exists():
-        raise BadInput(f"{folder.uri} holds shards of something else: choose another output.folder")
-    source = _source(job)
-    units, classes = list_units(source)
-    _claim(folder, job, source, units, classes)
+    if (folder / INDEX_NAME).exists():
+        if not (folder / JOB_NAME).exists():
+            raise BadInput(
+                f"{folder.uri} holds shards of something else: choose another output.folder"
+            )
+    else:
+        # Looking at the source may take an hour.
+        check_writable(folder, "choose another output.folder")
+    found = look(job)
+    source, units = found.source, found.units
+    _claim(folder, job, found)
+    tell(found.describe())
     if (folder / INDEX_NAME).exists():
         if (folder / RECORDS).sizes():
             # A kill came between the two.
@@ -89,23 +147,22 @@ def digits(folder: str, storage: Storage) -> Preparation:
 def _source(job: Preparation) -> Source:
     asked, storage = job.source, job.storage
     place = storage.locate(asked.uri or ".")
-    kind = guess_kind(place) if asked.kind == "auto" else asked.kind
-    return Source(kind, place, asked.image_column, asked.label_column, asked.crops)
+    pattern = asked.pattern or ""
+    kind = guess_kind(place, pattern) if asked.kind == "auto" else asked.kind
+    return Source(kind, place, asked.image_column, asked.label_column, asked.crops, pattern)
 
 
-def _claim(
-    folder: Location,
-    job: Preparation,
-    source: Source,
-    units: Sequence[Unit],
-    classes: Sequence[str],
-) -> None:
+def _claim(folder: Location, job: Preparation, found: Found) -> None:
     """Makes the folder this job's, or makes sure that it is."""
-    listed = hashlib.sha256(json.dumps([asdict(unit) for unit in units]).encode()).hexdigest()
+    units = json.dumps([asdict(unit) for unit in found.units])
     settings = job.model_dump(mode="json", exclude={"storage", "workers"})
-    settings["source"] |= {"kind": source.kind, "uri": source.place.uri}
+    settings["source"] |= {"kind": found.source.kind, "uri": found.source.place.uri}
+    if job.source.pattern is None:
+        # As before there were patterns.
+        del settings["source"]["pattern"]
     del settings["output"]["folder"]
-    own = {"samples": listed, "classes": list(classes), **settings}
+    samples = hashlib.sha256(units.encode()).hexdigest()
+    own = {"samples": samples, "classes": list(found.classes), **settings}
     place = folder / JOB_NAME
     if place.exists():
         changed = list(_changes(json.loads(place.read()), own))

@@ -12,10 +12,10 @@ import numpy as np
 from cat_ray.data.ahead import in_order
 from cat_ray.data.cache import Cache
 from cat_ray.data.decode import BrokenSample, decode_sample
-from cat_ray.data.index import Extents, Index, Shard
+from cat_ray.data.index import EXTENTS_NAME, Extents, Index, Shard
 from cat_ray.data.packs import LATENTS, unpack
 from cat_ray.data.tar import RawSample, read_samples, samples
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, Damaged
 from cat_ray.storage import Location
 
 PARALLEL_READS = 16
@@ -92,12 +92,20 @@ def part_of(
         block_images: samples in a block, whole packs.
         shard: which, by its place in the index.
         members: the samples wanted, by their place in the shard; all of one block.
+
+    Raises:
+        Damaged: the block lies beyond the shard's end.
     """
     record, pack = index.shards[shard], index.pack_images
     first = members[0] // block_images * block_images
     count = min(block_images, record.count - first)
     places = extents[record.name]
     begin, end = places[first // pack], places[-(-(first + count) // pack)]
+    if end > record.bytes:
+        raise Damaged(
+            f"{EXTENTS_NAME} has a block of shard {record.name} end at byte {end}, beyond its "
+            f"{record.bytes}: make it anew with `cat-ray index`"
+        )
     return Part(record.name, int(begin), int(end), first, count, tuple(members))
 
 
@@ -149,10 +157,19 @@ def read_parts(reading: Reading, parts: Sequence[Part], room: Batch | None = Non
     row = 0
     contents = in_order(_readers(), partial(fetch, reading), parts, PARALLEL_READS)
     for part, content in zip(parts, contents, strict=True):
-        raw = list(samples(content, part.shard, whole=False))
+        raw = _samples_in(content, part, reading)
         decode_part(reading, part, raw, batch.rows(row, row + len(part.members)))
         row += len(part.members)
     return batch
+
+
+def _samples_in(content: bytes, part: Part, reading: Reading) -> list[RawSample]:
+    raw = list(samples(content, part.shard, whole=False))
+    if reading.contents == "images" and len(raw) != part.count:
+        # Older indexes count a LICENSE, say, as a broken sample: runs go on with them.
+        as_before = list(samples(content, part.shard, whole=False, all_members=True))
+        return as_before if len(as_before) == part.count else raw
+    return raw
 
 
 def fetch(reading: Reading, part: Part) -> bytes:

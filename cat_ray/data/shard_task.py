@@ -12,13 +12,17 @@ from cat_ray.data.ahead import in_order
 from cat_ray.data.crop import center_crop
 from cat_ray.data.decode import BrokenSample, open_image
 from cat_ray.data.encoder import Encodings
+from cat_ray.data.image_file import opened_image
 from cat_ray.data.packs import Pack
+from cat_ray.data.parquet_source import read_rows
 from cat_ray.data.preparation import Output
 from cat_ray.data.shard_file import Entry
 from cat_ray.data.shard_plan import ShardPlan, Take
 from cat_ray.data.sources import Encoded, Source, read_unit
 
 PARALLEL_READS, READ_AHEAD = 16, 64
+# Row groups may have gigabytes.
+ROW_GROUPS_AHEAD = 2
 ENCODED_AHEAD = 2
 JPEG_QUALITY = 95
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -32,11 +36,14 @@ def read_plan(source: Source, plan: ShardPlan) -> Iterator[Encoded]:
     """The samples of a shard in their order; some units are read ahead, several at a time."""
 
     def read(take: Take) -> list[Encoded]:
+        if source.kind == "parquet":
+            return read_rows(source, take.unit, take.first, take.stop)
         return read_unit(source, take.unit)[take.first : take.stop]
 
+    ahead = ROW_GROUPS_AHEAD if source.kind == "parquet" else READ_AHEAD
     with ThreadPoolExecutor(PARALLEL_READS) as readers:
         takes = (take for group in plan.groups for take in group)
-        coming = in_order(readers, read, takes, READ_AHEAD)
+        coming = in_order(readers, read, takes, ahead)
         for number, group in enumerate(plan.groups):
             order = plan.order(number)
             if order == list(range(len(order))):
@@ -111,7 +118,7 @@ def _image(sample: Encoded, output: Output) -> tuple[str, bytes]:
     if output.encoding == "original":
         _check(sample)
         open_image(sample.content, output.channels)
-        with Image.open(io.BytesIO(sample.content)) as image:
+        with opened_image(sample.content) as image:
             kind = image.format or ""
         if kind not in ENDINGS:
             raise BrokenSample(f"a {kind} file, not one of {', '.join(ENDINGS)}")
@@ -127,6 +134,6 @@ def _image(sample: Encoded, output: Output) -> tuple[str, bytes]:
 
 def _check(sample: Encoded) -> None:
     if not sample.content:
-        raise BrokenSample("it has no image, or no class")
+        raise BrokenSample(sample.problem or "it has no image, or no class")
     if sample.label < 0:
         raise BrokenSample("it has no class")

@@ -2,26 +2,29 @@
 
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from cat_ray.errors import BadInput
+from cat_ray.data.tar_header import (
+    ABOUT_THE_NEXT,
+    BLOCK_BYTES,
+    KIND,
+    LONGEST_ENTRY_BYTES,
+    PLAIN,
+    WITHOUT_CONTENT,
+    BadHeader,
+    Told,
+    name_in,
+    size_in,
+)
+from cat_ray.errors import BadInput, Damaged
 from cat_ray.storage import Location
 
-BLOCK_BYTES = tarfile.BLOCKSIZE
 ZEROS = bytes(BLOCK_BYTES)
 SCAN_BYTES = 2**23
-# As POSIX lays a header out, in bytes.
-NAME, SIZE, KIND = slice(0, 100), slice(124, 136), 156
-CHECKSUM, PREFIX = slice(148, 156), slice(345, 500)
-PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
-# Links, devices, folders and pipes: what stands in their size is no content here.
-WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
-ABOUT_THE_NEXT = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
+# Where most writers put a mark into their headers.
+MARK, MARK_PLACE = b"ustar", slice(257, 262)
+# What macOS and webdataset's own tools put beside the samples.
+MAC_FOLDER, ABOUT_THE_SHARD = "__MACOSX", "__meta__"
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,20 @@ class Member:
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as it lies in the shard: member contents by ending, and the bytes that hold it."""
+    """A sample as it lies in the shard: member contents by ending, and the bytes that hold it.
+
+    `repeated` names the members that came twice; of two the second counts.
+    """
 
     key: str
     members: dict[str, bytes]
     begin: int = 0
     end: int = 0
+    repeated: tuple[str, ...] = ()
 
 
 def members(content: bytes, name: str, whole: bool = True) -> Iterator[Member]:
     """The files in a tar, or in a run of whole members cut out of one.
-
-    The tarfile module would do, at several times the time: a tenth of what a small image takes.
 
     Args:
         content: the bytes.
@@ -55,9 +60,8 @@ def members(content: bytes, name: str, whole: bool = True) -> Iterator[Member]:
         whole: they are a whole tar file, with the zeros at its end.
 
     Raises:
-        BadInput: it is not a tar file, or ends in the middle of one.
+        Damaged: it is not a tar file, or ends in the middle of one.
     """
-
     yield from _walk(lambda begin, end: content[begin:end], len(content), name, whole)
 
 
@@ -68,18 +72,18 @@ def scan(place: Location, begin: int, end: int) -> Iterator[Member]:
     once: asking for each header by itself takes longer.
 
     Raises:
-        BadInput: it is not a tar file, or ends in the middle of one, or the storage fails.
+        Damaged: it is not a tar file, ends in the middle of one, or another lies behind it.
+        StorageDown: the storage doesn't answer.
     """
     window = _Window(place, begin, end, BLOCK_BYTES if place.local_path else SCAN_BYTES)
-    for member in _walk(window.read, end - begin, place.name, whole=True):
+    for member in _walk(window.read, end - begin, place.name, whole=True, alone=True):
         yield Member(member.name, begin + member.header, begin + member.start, member.size)
 
 
 class _Window:
     """Some of a file's bytes from one place to another; they are read on as they are asked for.
 
-    `seen` gets every byte once, in order, if what is asked for goes forward without leaving out
-    more than a window.
+    `seen`, if there is one, gets every byte once, in order, as long as no call goes back.
     """
 
     def __init__(
@@ -88,112 +92,96 @@ class _Window:
         begin: int,
         end: int,
         window_bytes: int,
-        seen: Callable[[bytes], None] = lambda content: None,
+        seen: Callable[[bytes], None] | None = None,
     ):
-        self._place, self._begin, self._end = place, begin, end
+        self._place, self._begin, self._length = place, begin, end - begin
         self._window_bytes, self._seen = window_bytes, seen
         self._at, self._held = 0, b""
 
     def read(self, first: int, last: int) -> bytes:
         """From one place to another, counted from where the window's part of the file begins."""
+        if self._seen is not None:
+            self._skip_to(first - self._window_bytes)
         known = self._at + len(self._held)
         if not self._at <= first <= last <= known:
-            beyond = min(max(last, first + self._window_bytes), self._end - self._begin)
+            beyond = min(max(last, first + self._window_bytes), self._length)
             goes_on = self._at <= first <= known + self._window_bytes
-            kept = self._held[first - self._at :] if goes_on else b""
-            begin = known if goes_on else first
-            self._at = begin - len(kept)
-            content = self._place.read_range(self._begin + begin, self._begin + beyond)
-            self._seen(content)
-            self._held = kept + content
+            self._load(known if goes_on else first, beyond, keep=first if goes_on else known)
         return self._held[first - self._at : last - self._at]
+
+    def finish(self) -> None:
+        """Reads what is left, for `seen`."""
+        self._skip_to(self._length)
+
+    def _skip_to(self, place: int) -> None:
+        while (known := self._at + len(self._held)) < place:
+            self._load(known, min(known + self._window_bytes, place), keep=known)
+
+    def _load(self, begin: int, end: int, keep: int) -> None:
+        """Holds the file from one place to another, and what it held before from `keep` on."""
+        kept = self._held[keep - self._at :]
+        content = self._place.read_range(self._begin + begin, self._begin + end)
+        if self._seen is not None:
+            self._seen(content)
+        self._at, self._held = begin - len(kept), kept + content
 
 
 def _walk(
-    read: Callable[[int, int], bytes], length: int, name: str, whole: bool
+    read: Callable[[int, int], bytes], length: int, name: str, whole: bool, alone: bool = False
 ) -> Iterator[Member]:
-    """The files of a tar of so many bytes, which `read` gives from one place to another."""
-    at, told = 0, _Told()
-    while at < length:
-        header = read(at, min(at + BLOCK_BYTES, length))
-        if header == ZEROS and whole:
-            return
-        size = _checked_size(header, name)
-        kind, start = header[KIND : KIND + 1], at + BLOCK_BYTES
-        if told.size is not None and kind not in ABOUT_THE_NEXT:
-            size = told.size
-        end = start + (0 if kind in WITHOUT_CONTENT else padded(size))
-        if end > length:
-            raise _broken(name, "it breaks off")
-        if kind in ABOUT_THE_NEXT:
-            told = told.and_also(kind, read(start, start + size), at)
-        else:
-            own_name = told.name or _name(header)
-            # Before POSIX a folder was told by its name.
-            if kind in PLAIN and not own_name.endswith("/"):
-                yield Member(own_name, at if told.at is None else told.at, start, size)
-            told = _Told()
-        at = end
-    if whole or told.at is not None:
-        raise _broken(name, "it breaks off")
+    """The files of a tar of so many bytes, which `read` gives from one place to another.
 
-
-@dataclass(frozen=True)
-class _Told:
-    """What entries before a member say of it: its name and size, where they don't fit its header.
-
-    `at` is where the first of them lies.
+    With `alone` no other tar may lie behind it: its files would be lost without a word.
     """
-
-    name: str | None = None
-    size: int | None = None
-    at: int | None = None
-
-    def and_also(self, kind: bytes, content: bytes, at: int) -> "_Told":
-        """With what one more entry says."""
-        first = at if self.at is None else self.at
-        if kind == tarfile.GNUTYPE_LONGNAME:
-            return replace(self, name=_text(content), at=first)
-        if kind != tarfile.XHDTYPE:
-            return replace(self, at=first)
-        # Records as "length key=value" and a line's end, the length being that of all of it.
-        told, place = replace(self, at=first), 0
-        while place < len(content) and content[place : place + 1].isdigit():
-            record = content[place : place + int(content[place:].split(b" ", 1)[0])]
-            key, _, value = record.split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
-            if key == b"path":
-                told = replace(told, name=value.decode(errors="surrogateescape"))
-            elif key == b"size":
-                told = replace(told, size=int(value))
-            place += len(record)
-        return told
-
-
-def _checked_size(header: bytes, name: str) -> int:
-    """The size that a header tells, if the header is whole."""
+    at, told = 0, Told()
     try:
-        stated = int(header[CHECKSUM].strip(b" \0"), 8)
-        binary = header[SIZE.start] & 0x80
-        size = (
-            int.from_bytes(header[SIZE.start + 1 : SIZE.stop])
-            if binary
-            else int(header[SIZE].strip(b" \0") or b"0", 8)
-        )
-    except (ValueError, IndexError) as error:
-        raise _broken(name, "it breaks off, or a header in it is damaged") from error
-    # In the sum the checksum's own bytes are blanks.
-    if sum(header) - sum(header[CHECKSUM]) + 8 * ord(" ") != stated:
-        raise _broken(name, "a header in it is damaged")
-    return size
+        while at < length:
+            header = read(at, min(at + BLOCK_BYTES, length))
+            if header == ZEROS and whole and told.at is None:
+                if alone:
+                    _check_behind(read, at, length)
+                return
+            size, kind, start = size_in(header), header[KIND], at + BLOCK_BYTES
+            if kind in ABOUT_THE_NEXT:
+                end = start + padded(size)
+                if size > LONGEST_ENTRY_BYTES or end > length:
+                    raise BadHeader(f"an entry of {size:,} bytes at byte {at:,} is too long")
+                told = told.and_also(kind, read(start, start + size), at)
+            else:
+                own_name = told.name or name_in(header)
+                size = size if told.size is None else told.size
+                # Before POSIX a folder was told by its name.
+                folder = own_name.endswith("/")
+                bare = kind in WITHOUT_CONTENT or (folder and kind == tarfile.AREGTYPE)
+                end = start + (0 if bare else padded(size))
+                if end > length:
+                    raise BadHeader(
+                        f'it breaks off: member "{own_name}" is truncated at byte {length:,} '
+                        f"(declared {start + size:,})"
+                    )
+                if kind in PLAIN and not folder:
+                    yield Member(own_name, at if told.at is None else told.at, start, size)
+                told = Told()
+            at = end
+        if whole or told.at is not None:
+            raise BadHeader("it breaks off")
+    except BadHeader as error:
+        told = f"{error}; copy it again or write it anew (header at byte {at:,})"
+        raise Damaged(f"shard {name} is not a whole tar file: {told}") from error
 
 
-def _name(header: bytes) -> str:
-    base, prefix = _text(header[NAME]), _text(header[PREFIX])
-    return f"{prefix}/{base}" if prefix else base
-
-
-def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode(errors="surrogateescape")
+def _check_behind(read: Callable[[int, int], bytes], at: int, length: int) -> None:
+    """Looks for the header of another tar in the first bytes behind a tar's end that aren't 0."""
+    for begin in range(at, length, padded(SCAN_BYTES)):
+        content = read(begin, min(begin + padded(SCAN_BYTES), length))
+        if rest := content.lstrip(b"\0"):
+            place = (len(content) - len(rest)) // BLOCK_BYTES * BLOCK_BYTES
+            if content[place : place + BLOCK_BYTES][MARK_PLACE] == MARK:
+                raise BadHeader(
+                    f"another one begins behind its end, at byte {begin + place:,}: join tar "
+                    "files with `tar -A`, not with `cat`"
+                )
+            return
 
 
 def padded(size: int) -> int:
@@ -208,19 +196,37 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}".lstrip("/"), ending.lower()
 
 
-def samples(content: bytes, name: str, whole: bool = True) -> Iterator[RawSample]:
+def sample_name(name: str) -> tuple[str, str] | None:
+    """The key and ending of a sample's member; None for what belongs to no sample.
+
+    That is, as for the webdataset library, what has no ending or begins with a dot (LICENSE,
+    macOS's `._0000.jpg` and `.DS_Store`), and what tells of the whole shard.
+    """
+    key, ending = split_name(name)
+    folder, _, stem = key.rpartition("/")
+    own = ending and stem and stem != ABOUT_THE_SHARD and MAC_FOLDER not in folder.split("/")
+    return (key, ending) if own else None
+
+
+def samples(
+    content: bytes, name: str, whole: bool = True, all_members: bool = False
+) -> Iterator[RawSample]:
     """The samples of a WebDataset shard: neighbouring members that share the name up to a dot.
 
-    The arguments and errors are those of `members`.
+    The other arguments and errors are those of `members`. With `all_members` what belongs to no
+    sample counts as one of its own: indexes were made so before.
     """
     found = members(content, name, whole)
-    yield from _samples_of(found, lambda begin, end: content[begin:end])
+    naming = split_name if all_members else sample_name
+    yield from _samples_of(found, lambda begin, end: content[begin:end], naming)
 
 
 def read_samples(
     place: Location,
     size: int,
-    seen: Callable[[bytes], None] = lambda content: None,
+    seen: Callable[[bytes], None] | None = None,
+    left_out: Callable[[str], None] = lambda name: None,
+    alone: bool = False,
 ) -> Iterator[RawSample]:
     """The samples of a whole shard, of which no more than some megabytes are held at a time.
 
@@ -228,50 +234,70 @@ def read_samples(
         place: of the shard.
         size: of the file, in bytes.
         seen: gets all of the file's bytes in order, for a hash.
+        left_out: gets the names of members that belong to no sample.
+        alone: refuse a shard with another tar behind its end.
 
     Raises:
-        BadInput: it is not a whole tar file, or the storage fails.
+        Damaged: it is not a whole tar file.
+        StorageDown: the storage doesn't answer.
     """
     window = _Window(place, 0, size, SCAN_BYTES, seen)
-    end = 0
-    for sample in _samples_of(_walk(window.read, size, place.name, whole=True), window.read):
-        yield sample
-        end = sample.end
-    # The zeros at the end, and what may lie behind them.
-    for begin in range(end, size, SCAN_BYTES):
-        window.read(begin, min(begin + SCAN_BYTES, size))
+    found = _walk(window.read, size, place.name, whole=True, alone=alone)
+    yield from _samples_of(found, window.read, sample_name, left_out)
+    if seen is not None:
+        # The zeros at the end, and what may lie behind them.
+        window.finish()
 
 
-def _samples_of(found: Iterable[Member], read: Callable[[int, int], bytes]) -> Iterator[RawSample]:
+def _samples_of(
+    found: Iterable[Member],
+    read: Callable[[int, int], bytes],
+    naming: Callable[[str], tuple[str, str] | None],
+    left_out: Callable[[str], None] = lambda name: None,
+) -> Iterator[RawSample]:
     """Neighbouring members that share the name up to a dot, with their contents."""
     key, held, begin, end = None, {}, 0, 0
+    repeated: list[str] = []
     for member in found:
-        own_key, ending = split_name(member.name)
+        named = naming(member.name)
+        if named is None:
+            left_out(member.name)
+            continue
+        own_key, ending = named
         if own_key != key:
             if key is not None:
-                yield RawSample(key, held, begin, member.header)
-            key, held, begin = own_key, {}, member.header
+                yield RawSample(key, held, begin, member.header, tuple(repeated))
+            key, held, begin, repeated = own_key, {}, member.header, []
+        if ending in held:
+            repeated.append(member.name)
         held[ending] = read(member.start, member.start + member.size)
         end = member.start + padded(member.size)
     if key is not None:
-        yield RawSample(key, held, begin, end)
+        yield RawSample(key, held, begin, end, tuple(repeated))
 
 
-def sample_extents(place: Location) -> list[int]:
+def sample_extents(place: Location, unique: bool = False) -> list[int]:
     """Where each sample of a shard begins, and where the last ends, in bytes: `[samples + 1]`.
 
     Raises:
-        BadInput: it is not a whole tar file, or the storage fails.
+        BadInput: it is not a whole tar file, or two samples side by side have one name, and they
+            are to be `unique`.
+        StorageDown: the storage doesn't answer.
     """
-    extents, key, end = [], None, 0
-    for member in scan(place, 0, place.size() or 0):
-        own_key, _ = split_name(member.name)
-        if own_key != key:
-            extents.append(member.header)
-            key = own_key
-        end = member.start + padded(member.size)
+    extents, end = [], 0
+    found = scan(place, 0, place.size() or 0)
+    for sample in _samples_of(found, lambda begin, end: b"", sample_name):
+        if unique and sample.repeated:
+            raise BadInput(f"shard {place.name}: {told_of_repeated(sample)}")
+        extents.append(sample.begin)
+        end = sample.end
     return [*extents, end]
 
 
-def _broken(name: str, why: str) -> BadInput:
-    return BadInput(f"shard {name} is not a whole tar file: {why}")
+def told_of_repeated(sample: RawSample) -> str:
+    """What is wrong with a sample some of whose members came twice, and what to do."""
+    names = ", ".join(sample.repeated[:2])
+    return (
+        f"{names} is there twice side by side, so that two samples would become one: give each "
+        "sample a name of its own"
+    )

@@ -1,12 +1,9 @@
 """Has every node of a cluster find facts out about itself, its neighbours and the storage."""
 
-import contextlib
-import os
-import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import metadata, requires
 from typing import Any
@@ -14,19 +11,18 @@ from typing import Any
 import ray
 from packaging.requirements import Requirement
 from ray.actor import ActorHandle
-from ray.exceptions import AuthenticationError
 
 from cat_ray.config import Config
 from cat_ray.connection import connected
 from cat_ray.doctor.all_reduce import Member
-from cat_ray.doctor.asking import gather, pinned, reason_of
+from cat_ray.doctor.asking import gather, pinned
 from cat_ray.doctor.facts import Clock, Facts, Link, Needs, Node, NodeFacts, Reduction, Trial
 from cat_ray.doctor.links import Listener, links_to
 from cat_ray.doctor.needs import needs_of
 from cat_ray.doctor.node import facts_here
 from cat_ray.doctor.places import Asked, places_of, probe
 from cat_ray.doctor.storage_probe import try_reading, try_writing
-from cat_ray.errors import BadInput, ExpectedError, RunFailed
+from cat_ray.errors import ExpectedError
 from cat_ray.versions import PACKAGES
 
 PACKAGE = "cat-ray"
@@ -84,7 +80,7 @@ def examine(
         RunFailed: the cluster has another version of Python or Ray than this machine.
     """
     asked = places_of(config, uri, endpoint_url)
-    with _at_cluster():
+    with connected(1, {}):
         alive = [each for each in ray.nodes() if each["Alive"]]
         own = ray.get_runtime_context().get_node_id()
         alive.sort(key=lambda each: (each["NodeID"] != own, each["NodeManagerAddress"]))
@@ -120,38 +116,6 @@ def examine(
             reduction=_reduction(answering, address, needs.gpu and usable, reduce_seconds),
             places=tuple(probe(each, examiners, answering) for each in asked),
         )
-
-
-@contextlib.contextmanager
-def _at_cluster() -> Iterator[None]:
-    address = os.environ.get("RAY_ADDRESS", "")
-    with contextlib.ExitStack() as stack:
-        try:
-            _knock(address)
-            stack.enter_context(connected(1, {}))
-        except AuthenticationError as error:
-            raise BadInput(
-                "the cluster at RAY_ADDRESS wants a token: set RAY_AUTH_MODE=token, and "
-                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise BadInput(
-                f"no Ray cluster answers at RAY_ADDRESS={address}: {reason_of(error)}; set it to "
-                "the head's address and port, as in 10.0.0.1:6379"
-            ) from error
-        except RuntimeError as error:
-            if "ersion mismatch" not in str(error):
-                raise
-            told = " ".join(str(error).split())
-            raise RunFailed(f"{told} Use the cluster's image here as well") from error
-        yield
-
-
-def _knock(address: str) -> None:
-    """Raises OSError where nobody listens, for which Ray itself takes many minutes."""
-    host, _, port = address.partition("://")[2 * ("://" in address)].rpartition(":")
-    if port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 def _silent_node(row: Mapping[str, Any], addresses: Mapping[str, int]) -> Node:

@@ -14,8 +14,8 @@ from types import TracebackType
 import ray
 from ray.exceptions import RayError
 
-from cat_ray.checkpoint.layout import FOLDER, read_whole
-from cat_ray.checkpoint.retain import images_of, lease, write_best
+from cat_ray.checkpoint.layout import checkpoint_folders, images_of, read_whole
+from cat_ray.checkpoint.retain import lease, write_best
 from cat_ray.config import Config
 from cat_ray.errors import BadInput, StorageDown, StorageFull
 from cat_ray.evaluation.fid import fid
@@ -176,7 +176,7 @@ class Measuring:
                     return
 
     def _due(self) -> Location | None:
-        folders = {images_of(folder.name): folder for folder in (self._run / FOLDER).folders()}
+        folders = {images_of(folder.name): folder for folder in checkpoint_folders(self._run)}
         every, total = self._asked.every_images, self._config.run.total_images
         images = next_due(list(folders), self._tried, every, total)
         if images is None or read_whole(folders[images]) is None:
@@ -222,7 +222,7 @@ class Measuring:
 
     def _best(self, newest: Result) -> list[str]:
         """The checkpoints with the least distances that may be compared with the newest one."""
-        there = {folder.name for folder in (self._run / FOLDER).folders()}
+        there = {folder.name for folder in checkpoint_folders(self._run)}
         known = {
             result.subject["checkpoint"].rsplit("/", 1)[-1]: result.figures[FRECHET]
             for result in results(self._run)

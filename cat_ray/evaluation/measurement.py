@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cat_ray.evaluation.precision_recall import NEIGHBOURS
-from cat_ray.section import Latents, Section, Storage
+from cat_ray.section import Latents, LocalPath, Section, Storage, Uri
 
 
 class Drawing(Section):
@@ -30,7 +30,7 @@ class Drawing(Section):
 class Samples(Drawing):
     """Which samples of which checkpoint: its folder, or a run's for the newest one."""
 
-    checkpoint: str
+    checkpoint: Uri
 
 
 class Features(Section):
@@ -45,7 +45,7 @@ class Features(Section):
     """
 
     network: Literal["inception", "dinov2", "pixels"] = "inception"
-    weights: str | None = None
+    weights: LocalPath | None = None
     sha256: str | None = None
 
     @model_validator(mode="after")
@@ -84,7 +84,7 @@ class Output(Section):
         shards: the samples, as WebDataset shards with their index.
     """
 
-    folder: str
+    folder: Uri
     npz: bool = False
     png: bool = False
     shards: bool = False
@@ -117,7 +117,7 @@ class Measurement(Sampling):
     """
 
     features: Features
-    reference: str
+    reference: Uri
 
 
 class BesideTraining(Section):
@@ -136,6 +136,6 @@ class BesideTraining(Section):
     every_images: int = Field(gt=0)
     samples: Drawing = Drawing()
     features: Features
-    reference: str | None = None
+    reference: Uri | None = None
     workers: Workers = Workers(spare=True)
     keep_best: int = Field(default=1, ge=0)

@@ -40,7 +40,7 @@ def write_outputs(plan: SamplePlan) -> None:
         _write_npz(plan)
     if copies.shards is not None:
         classes = plan.config.data.num_classes
-        problems = index_shards(copies.shards, "", classes, False)[1]
+        problems = index_shards(copies.shards, (), classes, False).problems
         if problems:
             raise BadInput(f"the samples' shards are damaged, delete them: {'; '.join(problems)}")
 

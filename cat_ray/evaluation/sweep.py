@@ -53,7 +53,7 @@ def sweep(jobs: Sequence[Measurement]) -> tuple[list[Result], Location]:
     rows = []
     for sheet in sheets:
         with (folder / sheet).opened() as file:
-            rows.append(np.asarray(Image.open(file)))
+            rows.append(np.asarray(Image.open(file, formats=["PNG"])))
     (folder / f"{stem}.png").write(_plot(results, rows))
     place = folder / f"{stem}.json"
     place.write(json.dumps([asdict(result) for result in results], indent=1).encode())

@@ -29,6 +29,7 @@ from cat_ray.config import Config
 from cat_ray.connection import connected
 from cat_ray.data.crop import center_crop
 from cat_ray.data.decode import IMAGE_ENDINGS, encoded_image
+from cat_ray.data.image_file import FORMATS
 from cat_ray.data.index import Extents, Index, read_extents
 from cat_ray.data.order import blocks, mixing
 from cat_ray.data.packs import unpack
@@ -181,7 +182,7 @@ def _steps(reading: Reading, parts: Sequence[Part]) -> Iterator[tuple[str, float
 
 
 def _open(content: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(content)).convert("RGB")
+    return Image.open(io.BytesIO(content), formats=FORMATS).convert("RGB")
 
 
 def _pixels(content: bytes, resolution: int) -> np.ndarray:

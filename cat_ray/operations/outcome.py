@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from cat_ray.checkpoint.retain import images_of
+from cat_ray.checkpoint.layout import images_of
 from cat_ray.errors import ExpectedError, StorageDown, StorageFull
 from cat_ray.storage import Location
 

@@ -2,60 +2,76 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 
-from cat_ray.errors import NotFollowed, RunFailed
+from cat_ray.errors import BadInput, NotFollowed
 from cat_ray.submission.attempt import POLL_SECONDS, Parcel, how_to_go_on, start
 from cat_ray.submission.ending import Ending, goes_on, pause_seconds
-from cat_ray.submission.server import JobServer, ServerDown, ending_of
+from cat_ray.submission.patience import LONGEST_PAUSE_SECONDS, Tell, patiently
+from cat_ray.submission.server import JobServer, NoSuchJob, ending_of
+from cat_ray.submission.transport import ServerDown
 
-# For how long a server that doesn't answer is asked again.
-PATIENCE_SECONDS = 120.0
 # A log that is silent for so long may be a connection that broke without a word.
 SILENCE_SECONDS = 30.0
-
-Tell = Callable[[str], None]
 
 
 class Follower:
     """Follows one attempt; what was shown is not shown again after the connection broke."""
 
-    def __init__(self, server: JobServer, submission_id: str, show: Tell):
+    def __init__(self, server: JobServer, submission_id: str, show: Tell, say: Tell):
         self._server = server
         self._id = submission_id
         self._show = show
+        self._say = say
         self._shown = 0
 
     def follow(self) -> Ending:
         """Shows the log until the attempt ends.
 
         Raises:
-            RunFailed: nobody answers any more.
+            ServerDown: nobody answers any more.
             NotFollowed: Ctrl-C was pressed; the attempt goes on.
         """
         try:
             return self._to_the_end()
+        except ServerDown as error:
+            raise ServerDown(
+                f"{error}; {self._id} may run on: {how_to_go_on(self._server, self._id)}"
+            ) from error
         except KeyboardInterrupt:
             raise NotFollowed(
                 f"{self._id} runs on: {how_to_go_on(self._server, self._id)}"
             ) from None
 
     def _to_the_end(self) -> Ending:
-        down_since: float | None = None
+        pause = POLL_SECONDS
         while True:
+            cut = None
             try:
                 asyncio.run(self._show_rest())
-                ending = ending_of(self._server.job(self._id))
-                if ending is not None:
-                    return ending
-                down_since = None
-            except ServerDown as error:
-                down_since = down_since or time.monotonic()
-                if time.monotonic() - down_since > PATIENCE_SECONDS:
-                    raise RunFailed(
-                        f"{error}; {self._id} may run on: {how_to_go_on(self._server, self._id)}"
-                    ) from error
-            time.sleep(POLL_SECONDS)
+                ending = self._ending()
+            except (ServerDown, NoSuchJob) as error:
+                cut, ending = error, patiently(self._ending, self._say)
+            if ending is not None:
+                if cut is not None:
+                    self._show_whole()
+                return ending
+            time.sleep(pause)
+            pause = POLL_SECONDS if cut is None else min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _ending(self) -> Ending | None:
+        try:
+            return ending_of(self._server.job(self._id))
+        except NoSuchJob:
+            # It was known before: a head that starts anew may have forgotten its jobs, which
+            # ended with it.
+            return Ending(stopped=False, code=None, message="the cluster forgot it")
+
+    def _show_whole(self) -> None:
+        """Shows the rest of a log whose attempt has ended, where it couldn't be followed."""
+        try:
+            self._show_new(0, self._server.log(self._id))
+        except (ServerDown, BadInput) as error:
+            self._say(f"the rest of the log of {self._id} can't be read: {error}")
 
     async def _show_rest(self) -> None:
         position = 0
@@ -63,17 +79,23 @@ class Follower:
         while True:
             coming = asyncio.ensure_future(anext(pieces, None))
             while not (await asyncio.wait({coming}, timeout=SILENCE_SECONDS))[0]:
-                if ending_of(self._server.job(self._id)) is not None:
+                # Not in this thread, whose loop is running.
+                job = await asyncio.to_thread(self._server.job, self._id)
+                if ending_of(job) is not None:
                     coming.cancel()
                     return
             piece = coming.result()
             if piece is None:
                 return
-            new = piece[max(0, self._shown - position) :]
+            self._show_new(position, piece)
             position += len(piece)
-            self._shown = max(self._shown, position)
-            if new:
-                self._show(new)
+
+    def _show_new(self, position: int, piece: str) -> None:
+        """Shows of a piece at a position of the log what hasn't been shown."""
+        new = piece[max(0, self._shown - position) :]
+        self._shown = max(self._shown, position + len(piece))
+        if new:
+            self._show(new)
 
 
 def follow_with_retries(
@@ -100,20 +122,20 @@ def follow_with_retries(
         How the last one ended.
 
     Raises:
-        RunFailed: nobody answers any more.
+        ServerDown: nobody answers any more.
         NotFollowed: Ctrl-C was pressed.
     """
     for retry in range(1, retries + 2):
-        ending = Follower(server, submission_id, show).follow()
+        ending = Follower(server, submission_id, show, say).follow()
         if retry > retries or not goes_on(ending, retry_failures):
             break
         pause = pause_seconds(retry)
         say(f"{submission_id} ended: {ending}; retry {retry} of {retries} in {pause:.0f} s")
         try:
             time.sleep(pause)
+            submission_id = start(server, parcel, say)
         except KeyboardInterrupt:
-            raise NotFollowed("there is no retry any more: the same command goes on") from None
-        submission_id = start(server, parcel)
+            raise NotFollowed("interrupted before the retry: the same command goes on") from None
         say(f"submitted {submission_id}")
     say(f"{submission_id} ended: {ending}")
     return ending

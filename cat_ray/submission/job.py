@@ -12,6 +12,7 @@ from cat_ray import __version__, config
 from cat_ray.data.preparation import Preparation
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.measurement import Measurement, Sampling
+from cat_ray.job_yaml import read_text, read_yaml
 from cat_ray.section import Section
 
 JOB_NAME = "job.yaml"
@@ -30,6 +31,15 @@ PLACES = {
     "prepare": ("output.folder", "source.uri"),
 }
 DIGEST_CHARACTERS = 8
+# The shell finds the interpreter that runs Ray there, and all its workers: the raylet was told it,
+# whose grandchild is this shell. Where /proc doesn't say so it is the one on PATH.
+FIND_PYTHON = (
+    "python=$( { read -r _ _ _ raylet _ </proc/$PPID/stat && tr '\\0' '\\n' </proc/$raylet/cmdline"
+    r" | sed -n 's/^--python_worker_command=\([^ ]*\) .*/\1/p'; } 2>/dev/null ); "
+    'python=$(command -v "$python" || command -v python || command -v python3) || '
+    "{ echo 'cat-ray: the head has no python: run `ray start` there with the folder of the python "
+    "that has Ray on its PATH' >&2; exit 2; }; "
+)
 # By this key of a job's metadata ours are known among others'.
 MARK = "cat_ray"
 
@@ -88,9 +98,9 @@ def read_submission(path: str, overrides: Sequence[str], name: str | None) -> Su
     Raises:
         BadInput: it is no job, or the name has nothing to read.
     """
-    text = config.read_text(path)
-    command = command_of(config.read_yaml(text, path))
-    job = config.parse(text, path, overrides, KINDS[command])
+    text = read_text(path)
+    command = command_of(read_yaml(text, path))
+    job = config.parse(text, path, overrides, KINDS[command], as_written=True)
     readable = re.sub(r"[^A-Za-z0-9._]+", "-", Path(path).stem if name is None else name)
     if not readable.strip("-."):
         raise BadInput(f"--run-name {name}: use letters and digits")
@@ -124,10 +134,10 @@ def entry_point(command: str, working_folder: Path | None) -> str:
     """
     # `exec` leaves no shell between Ray and Python: signals and exit codes are Python's. With -P
     # the code is what PYTHONPATH says, and not what lies in the working folder.
-    run = f"exec python -P -m cat_ray {command}"
+    run = f'{FIND_PYTHON}exec "$python" -P -m cat_ray {command}'
     if working_folder is None:
         return f"{run} {JOB_NAME}"
-    return f'cd {shlex.quote(str(working_folder))} && {run} "$OLDPWD"/{JOB_NAME}'
+    return f'cd {shlex.quote(str(working_folder))} || exit; {run} "$OLDPWD"/{JOB_NAME}'
 
 
 def metadata(
@@ -163,4 +173,5 @@ def code_commit(package: Path) -> str:
 
 
 def _is_relative(place: str) -> bool:
-    return "://" not in place and not Path(place).expanduser().is_absolute()
+    # `~` and a variable are expanded there.
+    return "://" not in place and not place.startswith(("/", "~", "$", "file:"))

@@ -1,6 +1,8 @@
 """What travels to the cluster: the resolved job and, unless it is installed there, our code."""
 
+import os
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,20 +10,41 @@ from cat_ray.errors import BadInput
 from cat_ray.submission.job import JOB_NAME
 
 PACKAGE = Path(__file__).parent.parent
-# Code and its tables; a stray checkpoint, key or picture beside them stays here.
-SUFFIXES = (".py", ".typed", ".csv", ".json", ".yaml", ".toml")
+# What the package needs beside its code, as pyproject.toml has it; what else lies there stays here.
+DATA = frozenset({"operations/gpus.yaml"})
+NEEDED = frozenset({"__init__.py", "__main__.py"}) | DATA
 # Ray's own limit for what is sent to a cluster, on the compressed files.
 LIMIT_BYTES = 100 * 2**20
 NAMED = 3
 
 
 def code_files(package: Path = PACKAGE) -> dict[str, Path]:
-    """Our code's files, by their path in the folder that is sent."""
-    return {
-        path.relative_to(package.parent).as_posix(): path
-        for path in sorted(package.rglob("*"))
-        if path.is_file() and path.suffix in SUFFIXES
-    }
+    """Our code's files, by their path in the folder that is sent: `.py` files and `DATA`.
+
+    Left out are links, what a dot begins, and folders that are no packages.
+
+    Raises:
+        BadInput: what the package can't do without isn't among them.
+    """
+    found: dict[str, Path] = {}
+    for folder, folders, names in os.walk(package):
+        folders[:] = [name for name in folders if _is_package(Path(folder, name))]
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            name = path.relative_to(package).as_posix()
+            if (path.suffix == ".py" or name in DATA) and stat.S_ISREG(path.lstat().st_mode):
+                found[name] = path
+    missing = sorted(NEEDED - found.keys())
+    if missing:
+        raise BadInput(
+            f"{package / missing[0]} is missing or a link, which isn't sent: install cat-ray with "
+            "copies of its files (uv: --link-mode copy), or submit with --installed"
+        )
+    return {f"{package.name}/{name}": found[name] for name in sorted(found)}
+
+
+def _is_package(folder: Path) -> bool:
+    hidden = folder.name.startswith((".", "__"))
+    return not hidden and not folder.is_symlink() and (folder / "__init__.py").is_file()
 
 
 def fill(folder: Path, job: str, code: Mapping[str, Path]) -> None:

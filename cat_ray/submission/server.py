@@ -3,11 +3,10 @@
 import contextlib
 import logging
 import os
-import re
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 import ray
@@ -16,17 +15,27 @@ from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
 )
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
-from ray.util.state import list_nodes
+from ray.job_submission import JobDetails, JobStatus
+from ray.util.state.common import ListApiOptions, StateResource
 from ray.util.state.exception import RayStateApiException
 
-from cat_ray.errors import BadInput, last_line
+from cat_ray.errors import BadInput
 from cat_ray.submission.ending import Ending
 from cat_ray.submission.job import MARK
+from cat_ray.submission.transport import (
+    JobClient,
+    NoDashboard,
+    ServerDown,
+    StateClient,
+    certificates,
+    explain,
+    one_line,
+)
 
-CONNECT_SECONDS = 5.0
 AUTH_MODE = "RAY_AUTH_MODE"
 TOKEN_PLACES = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+# The last moment that a calendar has, in milliseconds.
+LATEST = 253_402_214_400_000
 
 # What they tell at every call is for developers.
 QUIET = (
@@ -37,8 +46,12 @@ QUIET = (
 )
 
 
-class ServerDown(BadInput):
-    """The job server doesn't answer, or not as it should: it may do so again."""
+class NoSuchJob(BadInput):
+    """The server knows no job of this id."""
+
+
+class JobExists(BadInput):
+    """The server has a job of this id already."""
 
 
 class JobServer:
@@ -50,35 +63,40 @@ class JobServer:
 
         Args:
             address: of the dashboard, as in http://127.0.0.1:8265.
+
+        Raises:
+            BadInput: it is none, or no dashboard answers there.
+            ServerDown: it takes requests, and doesn't answer them.
         """
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise BadInput(f"--address {address}: write it as http://HOST:8265")
-        self.address = address.rstrip("/")
+        self.address = _checked(address)
         # Without it Ray lets these variables win over the address that it is given.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address
         for name in QUIET:
             logging.getLogger(name).setLevel(logging.ERROR)
-        with self._explained():
-            # Ray itself would wait for minutes where packets are lost.
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            socket.create_connection((parts.hostname, port), CONNECT_SECONDS).close()
-            self._client = self._connected()
-
-    def _connected(self) -> JobSubmissionClient:
         try:
-            return JobSubmissionClient(self.address)
+            with self._explained():
+                self._client = self._connected()
+        except NoDashboard as error:
+            raise BadInput(str(error)) from error
+
+    def _connected(self) -> JobClient:
+        try:
+            return JobClient(self.address, verify=certificates(self.address))
         except AuthenticationError:
             # As `ray.init` does it for a cluster that runs, but only once a server has asked.
             if AUTH_MODE in os.environ or not maybe_enable_token_auth_if_token_available(False):
                 raise
-            return JobSubmissionClient(self.address)
+            return JobClient(self.address, verify=certificates(self.address))
 
     def is_this_machine(self) -> bool:
         """Whether all its nodes are here, and not behind a forwarded port."""
         with self._explained():
-            nodes = list_nodes(self.address, filters=[("state", "=", "ALIVE")])
-        return all(is_own_address(node.node_ip) for node in nodes)
+            nodes = StateClient(self.address).list(
+                StateResource.NODES,
+                ListApiOptions(filters=[("state", "=", "ALIVE")]),
+                raise_on_missing_output=True,
+            )
+            return all(is_own_address(node.node_ip) for node in nodes)
 
     def submit(
         self,
@@ -88,7 +106,11 @@ class JobServer:
         environment: dict[str, str],
         metadata: dict[str, str],
     ) -> None:
-        """Sends a folder and starts the command in it, on the head."""
+        """Sends a folder and starts the command in it, on the head.
+
+        Raises:
+            JobExists: there is a job of this id.
+        """
         with self._explained(submission_id):
             self._client.submit_job(
                 submission_id=submission_id,
@@ -100,29 +122,36 @@ class JobServer:
     def jobs(self) -> list[JobDetails]:
         """The jobs that were submitted by `cat-ray`, oldest first."""
         with self._explained():
-            found = self._client.list_jobs()
+            found = [_sound(job) for job in self._client.list_jobs()]
         ours = [job for job in found if job.submission_id and MARK in (job.metadata or {})]
         return sorted(ours, key=lambda job: job.start_time or 0)
 
     def job(self, submission_id: str) -> JobDetails:
-        """One job, whoever submitted it."""
+        """One job, whoever submitted it.
+
+        Raises:
+            NoSuchJob: there is none.
+        """
         with self._explained(submission_id):
-            return self._client.get_job_info(submission_id)
+            return _sound(self._client.get_job_info(quote(submission_id, safe="")))
 
     def stop(self, submission_id: str) -> None:
         """Has SIGTERM sent to the command, and SIGKILL after the time that was set with it."""
         with self._explained(submission_id):
-            self._client.stop_job(submission_id)
+            self._client.stop_job(quote(submission_id, safe=""))
 
     def log(self, submission_id: str) -> str:
         """What the command has written so far."""
         with self._explained(submission_id):
-            return self._client.get_job_logs(submission_id)
+            told = self._client.get_job_logs(quote(submission_id, safe=""))
+            if not isinstance(told, str):
+                raise TypeError(f"a log of type {type(told).__name__}")
+            return told
 
     async def tail(self, submission_id: str) -> AsyncIterator[str]:
         """What the command has written, and goes on to write, until it ends."""
         with self._explained(submission_id):
-            async for piece in self._client.tail_job_logs(submission_id):
+            async for piece in self._client.tail_job_logs(quote(submission_id, safe="")):
                 yield piece
 
     @contextlib.contextmanager
@@ -131,12 +160,19 @@ class JobServer:
             yield
         except AuthenticationError as error:
             raise BadInput(self._refused(str(error))) from error
-        except (requests.ConnectionError, aiohttp.ClientError, OSError) as error:
-            raise ServerDown(
-                f"nobody answers at {self.address}: is it the address of the cluster's dashboard, "
-                "with its port (8265), and reachable from here?"
+        except requests.HTTPError as error:
+            fails = error.response.status_code >= 500
+            raise (
+                ServerDown(f"{self.address} fails: {one_line(error)}")
+                if fails
+                else self._strange(error)
             ) from error
-        except (requests.RequestException, RayStateApiException, ValueError, KeyError) as error:
+        except (requests.RequestException, RayStateApiException) as error:
+            raise self._strange(error) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise explain(error, self.address) from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            # Ray's clients take an answer for what it should be.
             raise self._strange(error) from error
         except RuntimeError as error:
             raise self._told(str(error), submission_id) from error
@@ -149,20 +185,59 @@ class JobServer:
             )
         return f"{self.address} refuses the token of {TOKEN_PLACES}: is it another cluster's?"
 
-    def _told(self, told: str, submission_id: str) -> BadInput:
+    def _told(self, told: str, submission_id: str) -> BadInput | ServerDown:
         if "already exists" in told:
-            return BadInput(f"{submission_id} exists already at {self.address}: submit once more")
+            return JobExists(f"{submission_id} exists already at {self.address}: submit once more")
         if "status code 404" in told and "does not exist" in told:
-            return BadInput(
+            return NoSuchJob(
                 f"{self.address} has no job {submission_id}: `cat-ray status` lists them"
             )
+        if "status code 400" in told:
+            return BadInput(f"{self.address} refuses {submission_id}: {one_line(told)}")
         return self._strange(told)
 
-    def _strange(self, told: object) -> ServerDown:
-        return ServerDown(
+    def _strange(self, told: object) -> NoDashboard:
+        return NoDashboard(
             f"{self.address} doesn't answer as the dashboard of Ray {ray.__version__} does: "
-            f"{_line(told)}"
+            f"{one_line(told)}"
         )
+
+
+def _checked(address: str) -> str:
+    """The address, without a slash at its end.
+
+    Raises:
+        BadInput: it is none, or holds credentials.
+    """
+    wrong = f"--address {address}: write it as http://HOST:8265"
+    try:
+        parts = urlsplit(address)
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError as error:
+        raise BadInput(wrong) from error
+    if "@" in parts.netloc:
+        raise BadInput(
+            "--address holds a user or password, which would be shown: set RAY_AUTH_TOKEN, or "
+            "~/.netrc, instead"
+        )
+    plain = address.isprintable() and " " not in address and not parts.query + parts.fragment
+    if parts.scheme not in ("http", "https") or not named or not plain:
+        raise BadInput(wrong)
+    return address.rstrip("/")
+
+
+def _sound(job: JobDetails) -> JobDetails:
+    """The same job, if its figures can be what they stand for.
+
+    Raises:
+        ValueError: they can't.
+    """
+    code = job.driver_exit_code or 0
+    if not all(0 <= (time or 0) <= LATEST for time in (job.start_time, job.end_time)):
+        raise ValueError("a job with a time that no calendar has")
+    if not -255 <= code <= 255:
+        raise ValueError(f"a job with the exit code {code}")
+    return job
 
 
 def ending_of(job: JobDetails) -> Ending | None:
@@ -173,14 +248,10 @@ def ending_of(job: JobDetails) -> Ending | None:
         return Ending(stopped=False, code=0)
     return Ending(
         stopped=job.status == JobStatus.STOPPED,
-        code=job.driver_exit_code,
-        message=_line(job.message or ""),
+        # A failure is no 0, whatever is told of it.
+        code=job.driver_exit_code or None,
+        message=one_line(job.message) if job.message else "",
     )
-
-
-def _line(told: object) -> str:
-    """The last line of what was told, its blanks made one."""
-    return re.sub(r"\s+", " ", last_line(told))
 
 
 def is_own_address(address: str) -> bool:

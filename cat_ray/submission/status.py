@@ -1,6 +1,7 @@
 """What a cluster knows about submitted jobs, for people and for programs."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -8,10 +9,13 @@ from datetime import datetime
 from ray.job_submission import JobDetails
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
+from cat_ray.errors import printable
 from cat_ray.submission.server import ending_of
 
 LAST_LINES = 5
+COLOUR_OR_RETURN = re.compile(r"(\x1b\[[0-9;]*m|\r)")
 
 
 @dataclass(frozen=True)
@@ -54,18 +58,20 @@ def jobs_table(jobs: Sequence[Status]) -> RenderableType:
         return "no job was submitted here by cat-ray"
     table = Table()
     # An id that is cut can't be copied.
-    table.add_column("id", no_wrap=True, min_width=max(len(job.id) for job in jobs))
+    table.add_column("id", no_wrap=True, min_width=max(len(printable(job.id)) for job in jobs))
     for heading in ("state", "exit code", "started", "ended", "folder"):
         table.add_column(heading, overflow="fold")
     for job in jobs:
         folder = job.metadata.get("folder", "")
-        table.add_row(job.id, job.state, _code(job), _time(job.started), _time(job.ended), folder)
+        times = (_time(job.started), _time(job.ended))
+        table.add_row(printable(job.id), job.state, _code(job), *times, printable(folder))
     return table
 
 
 def job_table(job: Status, log: str) -> RenderableType:
     """One job, and the end of its log."""
-    table = Table("", "", show_header=False, title=job.id, title_justify="left")
+    title = Text(printable(job.id))
+    table = Table("", "", show_header=False, title=title, title_justify="left")
     table.columns[1].overflow = "fold"
     rows = {
         "state": job.state,
@@ -76,8 +82,19 @@ def job_table(job: Status, log: str) -> RenderableType:
     }
     for name, value in rows.items():
         if value:
-            table.add_row(name, value)
-    return Group(table, *log.rstrip().splitlines()[-LAST_LINES:])
+            table.add_row(printable(name), printable(value))
+    last = log.rstrip().splitlines()[-LAST_LINES:]
+    return Group(table, *(Text.from_ansi(log_text(line)) for line in last))
+
+
+def log_text(text: str) -> str:
+    """A log as a terminal may be given it.
+
+    Colours and the carriage returns of progress bars stay. All else that a terminal obeys is made
+    visible: a log holds what shards, servers and other programs told.
+    """
+    parts = COLOUR_OR_RETURN.split(text)
+    return "".join(part if at % 2 else printable(part) for at, part in enumerate(parts))
 
 
 def to_json(jobs: Sequence[Status]) -> str:

@@ -3,22 +3,20 @@
 import contextlib
 import logging
 import os
-import signal
 import tempfile
-import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from cat_ray.checkpoint.layout import FOLDER
+from cat_ray.checkpoint.commit import commit_abandoned
+from cat_ray.checkpoint.layout import images_of
 from cat_ray.checkpoint.read import any_committed, newest, newest_sound, read_state
-from cat_ray.checkpoint.retain import images_of, lease
-from cat_ray.checkpoint.write import commit_if_whole
+from cat_ray.checkpoint.retain import lease
 from cat_ray.config import Config, dump
-from cat_ray.connection import connected
+from cat_ray.connection import check_connection, connected
 from cat_ray.data.index import INDEX_NAME, Index, check_shards
 from cat_ray.data.stream import (
     CPUS_PER_READ,
@@ -30,13 +28,14 @@ from cat_ray.data.stream import (
     reading_of,
     stream_of,
 )
-from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished, last_line
+from cat_ray.errors import BadInput, ExpectedError, GaveWay, RunFailed, Unfinished, last_line
 from cat_ray.folder_lock import locked
 from cat_ray.operations.identity import check_claim, claim
 from cat_ray.operations.outcome import outcome_written, stopped_with
 from cat_ray.operations.progress import Progress
 from cat_ray.operations.prometheus import Exported
 from cat_ray.schedule import check_has_no_schedule
+from cat_ray.stop_signals import stoppable
 from cat_ray.storage import Location
 from cat_ray.training import elasticity
 from cat_ray.training.beginning import check_beginning, pinned
@@ -75,6 +74,7 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
         RunFailed: training failed more often than the configuration allows.
     """
     check_has_no_schedule(config, "this command")
+    check_connection()
     storage = config.storage
     run = storage.locate(config.run.folder)
     shards = storage.locate(config.data.shards)
@@ -85,7 +85,7 @@ def train(config: Config, faults: Sequence[Fault] = ()) -> Location:
     with locked(run, "cat-ray train"):
         claim(run, config, index.digest())
         forget_stop(run)
-        with outcome_written(run, lambda: _images(run)):
+        with outcome_written(run, lambda: _images(run)), stoppable():
             _train(config, run, shards, index, begins, faults)
             # Not above: it imports matplotlib.
             from cat_ray.operations.report import write_report
@@ -110,7 +110,6 @@ def _train(
         logger.warning("%s was trained to its end before: nothing is left to do", run.uri)
         return
     session = uuid.uuid4().hex[:8]
-    # Ray sets a handler for SIGTERM as it starts: ours comes after it.
     exported = _exported(config, run, session)
     progress = Progress(run, session, config.run.total_images, exported.update)
     measuring = _measuring(config, run, session)
@@ -123,9 +122,7 @@ def _train(
 
 def _still_due(config: Config, run: Location, shards: Location, index: Index) -> Due:
     check_shards(index, shards)
-    for folder in (run / FOLDER).folders():
-        # Whole parts whose committer was killed are a checkpoint nevertheless.
-        commit_if_whole(folder)
+    commit_abandoned(run)
     roll_backs = read_roll_backs(run)
     if len(roll_backs) > config.health.max_rollbacks:
         raise RunFailed(
@@ -278,26 +275,17 @@ def _measuring(
     return measuring(config, run, session)
 
 
-@contextlib.contextmanager
-def _stopping(run: Location) -> Iterator[None]:
-    """SIGTERM and Ctrl-C make the workers save and stop; a second one ends the command at once."""
+def _stopping(run: Location) -> contextlib.AbstractContextManager[None]:
+    """A stop signal makes the workers save and stop; a second one ends the command at once."""
 
-    def stop(number: int, frame: object) -> None:
-        del frame
-        for known, handler in before.items():
-            signal.signal(known, handler)
-        logger.warning(
-            "%s: saving, then stopping; once more to stop at once", signal.Signals(number).name
-        )
-        # The storage may not answer for a while: no handler waits for it.
-        threading.Thread(target=ask_to_stop, args=(run,), name="stop", daemon=True).start()
+    def save(name: str) -> None:
+        logger.warning("%s: saving, then stopping; once more to stop at once", name)
+        try:
+            ask_to_stop(run)
+        except ExpectedError as error:
+            logger.warning("the workers can't be asked to save: %s", error)
 
-    before = {known: signal.signal(known, stop) for known in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for known, handler in before.items():
-            signal.signal(known, handler)
+    return stoppable(save)
 
 
 def cluster(config: Config) -> contextlib.AbstractContextManager[None]:

@@ -30,6 +30,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from cat_ray.data.stream import CPUS_PER_READ, elsewhere
 from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
+from cat_ray.stop_signals import heed_again
 from cat_ray.training.preemption import Notice
 from cat_ray.training.requests import NOTICES, ask_to_resize
 
@@ -284,6 +285,7 @@ class TerminationSignal(WorkerCallback):
     def after_init_train_context(self) -> None:
         """See Ray Train, which calls this in the process's main thread."""
         signal.signal(signal.SIGTERM, lambda *_: NOTICES.post(Notice("SIGTERM", None)))
+        heed_again()
 
 
 class RayDrain:

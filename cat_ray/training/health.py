@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
-from cat_ray.errors import BadInput
+from cat_ray.checkpoint.records import Count, first_problem
+from cat_ray.errors import Damaged, NotFound
 from cat_ray.storage import Location
 
 ROLL_BACKS = "rollbacks.json"
@@ -106,8 +107,8 @@ def roll_back_message(health: Health, images: int, to_images: int, noise_stream:
 class RollBack:
     """One time that a run went back: from where, to where, both in images seen, and why."""
 
-    images: int
-    to_images: int
+    images: Count
+    to_images: Count
     reason: str
 
 
@@ -118,17 +119,18 @@ def read_roll_backs(run: Location) -> tuple[RollBack, ...]:
     """All roll-backs of a run, the oldest first; their number is the noise stream in force.
 
     Raises:
-        BadInput: the record is damaged, or the storage doesn't answer.
+        Damaged: the record is not as it was written.
     """
     place = run / ROLL_BACKS
-    if not place.exists():
+    try:
+        content = place.read()
+    except NotFound:
         return ()
     try:
-        return _FILE.validate_json(place.read(), strict=True)
+        return _FILE.validate_json(content, strict=True)
     except ValidationError as error:
-        problem = error.errors()[0]["msg"]
-        raise BadInput(
-            f"{place.uri} is damaged ({problem}): restore it; without it the run "
+        raise Damaged(
+            f"{place.uri} is damaged ({first_problem(error)}): restore it; without it the run "
             "would draw the noise again that failed"
         ) from error
 
@@ -137,7 +139,7 @@ def add_roll_back(run: Location, roll_back: RollBack) -> None:
     """Adds one to the record; only the first worker does this.
 
     Raises:
-        BadInput: the record is damaged, or the storage doesn't answer.
+        Damaged: the record is not as it was written.
     """
     known = read_roll_backs(run)
     (run / ROLL_BACKS).write(_FILE.dump_json((*known, roll_back), indent=1))

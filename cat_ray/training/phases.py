@@ -5,8 +5,8 @@ import logging
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from cat_ray.checkpoint.layout import images_of
 from cat_ray.checkpoint.read import newest
-from cat_ray.checkpoint.retain import images_of
 from cat_ray.checkpoint.transfer import Transfer
 from cat_ray.config import Config
 from cat_ray.errors import BadInput

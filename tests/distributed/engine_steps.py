@@ -73,7 +73,7 @@ def differs(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
 def save(state: TrainingState, run: Location, images: int) -> None:
     """All processes save; on return the checkpoint is complete."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    writer = CheckpointWriter(run, "group", rank, world_size)
+    writer = CheckpointWriter(run, "3f9a1c", rank, world_size)
     config = dump(state.adversaries.config)
     writer.save(State(images, 0, "", config, {}), state_slices(state))
     writer.wait()

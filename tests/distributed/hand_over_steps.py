@@ -35,7 +35,7 @@ def main() -> None:
         stop=16,
         window_bytes=16,
         checkpoint=None,
-        worker_group="group",
+        worker_group="3f9a1c",
         began=0.0,
         noise_stream=0,
         gone_nodes=(),

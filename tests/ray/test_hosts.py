@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cat_ray.checkpoint.retain import images_of
+from cat_ray.checkpoint.layout import images_of
 from cat_ray.operations.journal import read_rows
 from cat_ray.storage import locate
 

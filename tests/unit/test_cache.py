@@ -180,3 +180,17 @@ def test_a_part_that_another_process_sweeps_meanwhile_is_no_error(cache, monkeyp
     monkeypatch.setattr(Path, "stat", swept)
     monkeypatch.setattr(module, "_put_since_sweep", {})
     cache.put("more", content(1))
+
+
+def test_what_else_lies_in_the_folder_is_never_deleted(tmp_path):
+    own = tmp_path / "ab" / "my thesis.tex"
+    own.parent.mkdir()
+    own.write_bytes(b"x" * 1000)
+    (tmp_path / "cd").mkdir()
+    copy = tmp_path / "cd" / ("a" * 64)
+    copy.write_bytes(b"x" * 1000)
+    cache = Cache(str(tmp_path), 100)
+    for number in range(20):
+        cache.put(f"key {number}", b"y" * 50)
+    assert own.exists()
+    assert copy.exists()

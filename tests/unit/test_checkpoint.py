@@ -13,7 +13,6 @@ from torch import Tensor
 
 from cat_ray.checkpoint.layout import (
     DISCRIMINATOR,
-    FORMAT,
     GENERATOR,
     GENERATOR_MOMENTS,
     MANIFEST,
@@ -34,6 +33,7 @@ from cat_ray.checkpoint.read import (
     read_tensors,
     resolve,
 )
+from cat_ray.checkpoint.records import FORMAT
 from cat_ray.checkpoint.write import CheckpointWriter, Slice
 from cat_ray.config import dump, parse
 from cat_ray.errors import BadInput

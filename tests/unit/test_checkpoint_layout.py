@@ -11,16 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cat_ray.checkpoint.layout import (
-    FORMAT,
-    FileRecord,
-    Part,
-    SliceRecord,
     folder_name,
-    join,
-    parse_part,
     part_file,
     slice_file,
 )
+from cat_ray.checkpoint.records import FORMAT, FileRecord, Part, SliceRecord, join, parse_part
 from cat_ray.errors import BadInput
 
 WORKERS = 4
@@ -90,7 +85,6 @@ def test_groups_and_workers_have_folders_and_files_of_their_own():
 def test_a_part_is_read_as_it_was_written(parts):
     for written in parts:
         read = parse_part(written.to_json())
-        assert read is not None
         assert read.files == written.files
         assert set(read.slices) == set(written.slices)
 
@@ -101,8 +95,9 @@ NOTHING = json.dumps({"format": FORMAT, "files": [], "tensors": {}}).encode()
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"null", b"3", b'"format"', b"{}", b"\xff\xfe", NOTHING]
 )
-def test_what_is_no_part_is_none(content):
-    assert parse_part(content) is None
+def test_what_is_no_part_is_refused(content):
+    with pytest.raises(ValueError):
+        parse_part(content)
 
 
 @pytest.mark.parametrize("bit", [1, 2, 4, 32])
@@ -112,7 +107,10 @@ def test_no_flipped_bit_makes_another_part(bit):
     for place in range(len(content)):
         damaged = bytearray(content)
         damaged[place] ^= bit
-        assert parse_part(bytes(damaged)) in (None, written), content[place - 20 : place + 20]
+        try:
+            assert parse_part(bytes(damaged)) == written, content[place - 20 : place + 20]
+        except ValueError:
+            continue
 
 
 @pytest.mark.parametrize("found", [FORMAT - 1, FORMAT + 1])

@@ -8,9 +8,16 @@ import pytest
 import torch
 
 from cat_ray.checkpoint import retain
-from cat_ray.checkpoint.layout import FOLDER, GENERATOR, MANIFEST, State, folder_name
+from cat_ray.checkpoint.layout import (
+    FOLDER,
+    GENERATOR,
+    MANIFEST,
+    State,
+    folder_name,
+    images_of,
+)
 from cat_ray.checkpoint.read import verify
-from cat_ray.checkpoint.retain import drop_old, images_of, lease, leased
+from cat_ray.checkpoint.retain import drop_old, lease, leased
 from cat_ray.checkpoint.write import CheckpointWriter, Slice
 from cat_ray.errors import BadInput
 from cat_ray.storage import Location, locate
@@ -199,7 +206,7 @@ def race(run: Location, write: int, look: int) -> tuple[str, list[str]]:
 
     def read() -> None:
         try:
-            with lease(Leased(*paths, turns)):
+            with lease(Leased(*paths, turns=turns)):
                 told.append("held")
                 turns.done("look")
                 assert over.wait(WAIT_SECONDS)
@@ -209,7 +216,7 @@ def race(run: Location, write: int, look: int) -> tuple[str, list[str]]:
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    deleter = Deleted(*paths, turns)
+    deleter = Deleted(*paths, turns=turns)
     if not leased(deleter):
         retain._delete(deleter)
     for turn in ("write", "look"):

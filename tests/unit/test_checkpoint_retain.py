@@ -13,10 +13,11 @@ from cat_ray.checkpoint.layout import (
     MANIFEST,
     State,
     folder_name,
+    images_of,
     slice_file,
 )
 from cat_ray.checkpoint.read import newest, newest_sound, verify
-from cat_ray.checkpoint.retain import drop_old, images_of, kept, write_best
+from cat_ray.checkpoint.retain import drop_old, kept, write_best
 from cat_ray.checkpoint.write import CheckpointWriter, Slice
 from cat_ray.errors import BadInput
 from cat_ray.storage import Location, locate
@@ -129,7 +130,7 @@ def test_an_unfinished_checkpoint_neither_counts_nor_goes_before_a_newer_one_is_
 
 def test_two_groups_after_as_many_images_count_as_one(run):
     # One may be damaged: what the other came from stays.
-    for images, group in ((32, "one"), (64, "one"), (96, "one"), (96, "other")):
+    for images, group in ((32, GROUP), (64, GROUP), (96, GROUP), (96, "000000")):
         save(run, images, group)
     drop_old(run, 2)
     assert left(run) == [64, 96, 96]

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from cat_ray import storage_errors
 from cat_ray.checkpoint import write
+from cat_ray.checkpoint.commit import commit_abandoned, commit_if_whole
 from cat_ray.checkpoint.layout import (
     FOLDER,
     GENERATOR,
@@ -28,8 +31,8 @@ from cat_ray.checkpoint.layout import (
     slice_file,
 )
 from cat_ray.checkpoint.read import newest, newest_sound, read_state, read_tensors
-from cat_ray.checkpoint.write import CheckpointWriter, GroupFailed, Slice, commit_if_whole
-from cat_ray.errors import BadInput
+from cat_ray.checkpoint.write import CheckpointWriter, GroupFailed, Slice
+from cat_ray.errors import BadInput, Damaged, StorageDown, StorageFull
 from cat_ray.storage import Location, locate
 
 GROUP = "3f9a1c"
@@ -123,8 +126,8 @@ def run(tmp_path: Path) -> Location:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Doesn't pause for long between a refused write and the next."""
-    monkeypatch.setattr(write, "FIRST_PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(write, "LONGEST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(storage_errors, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(storage_errors, "LONGEST_PAUSE_SECONDS", 0.001)
 
 
 @contextmanager
@@ -298,12 +301,16 @@ def test_nobody_commits_what_is_not_whole(run, missing):
     assert newest(run) is None
 
 
-def test_nobody_commits_a_damaged_part(run):
+def test_nobody_commits_a_damaged_part_and_the_next_start_only_warns_of_it(run, caplog):
     checkpoint = save(run, 32)
     (checkpoint / MANIFEST).delete()
     content = (checkpoint / part_file(0, 1)).read()
     (checkpoint / part_file(0, 1)).write(content.replace(b"weight", b"height", 1))
-    assert not commit_if_whole(checkpoint)
+    with pytest.raises(Damaged, match=f"{part_file(0, 1)} is damaged"):
+        commit_if_whole(checkpoint)
+    commit_abandoned(run)
+    assert f"{part_file(0, 1)} is damaged" in caplog.text
+    assert newest(run) is None
 
 
 def test_a_group_that_failed_ends_the_wait_for_its_parts_and_commits_nothing(run):
@@ -337,8 +344,8 @@ def test_writes_that_are_refused_for_a_while_are_tried_again(run, quick, caplog)
     writer.save(state(32), slices(values()))
     (saved,) = writer.wait()
     assert holds(saved.location, values())
-    tried = [message for message in caplog.messages if "refused by a drill; trying" in message]
-    assert len(tried) == 3
+    assert any("refused by a drill; retrying" in message for message in caplog.messages)
+    assert any("the storage answers again" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("failing", ["sizes", "read", "write"])
@@ -350,7 +357,7 @@ def test_a_commit_that_storage_refuses_is_tried_again(run, quick, monkeypatch, f
         commits = found.name in (MANIFEST, part_file(0, 1)) or failing == "sizes"
         writes_part = failing == "write" and found.name != MANIFEST
         if commits and not writes_part and next(refusals, None) is not None:
-            raise BadInput(f"storage failed at {found.uri}")
+            raise StorageDown(f"storage failed at {found.uri}")
         return plain(found, *content)
 
     writer = CheckpointWriter(run, GROUP, 0, 1)
@@ -367,7 +374,7 @@ def test_storage_that_refuses_for_too_long_ends_the_save_and_leaves_the_previous
     writer.refuse(10**9)
     writer.save(state(64), slices(values()))
     error = Thread(writer.wait).end()
-    assert isinstance(error, BadInput)
+    assert isinstance(error, StorageDown)
     assert str(error) == f"storage failed at {place(run, 64).uri}/{STATE}: refused by a drill"
     assert newest_sound(run) == previous
 
@@ -380,7 +387,7 @@ def test_a_save_that_failed_is_told_by_whatever_is_called_next(run, quick, ask):
     # Its thread is one: with the next task done, so is the save.
     writer._pool.submit(lambda: None).result(WAIT_SECONDS)
     acts = {"save": lambda: writer.save(state(64), slices(values()))}
-    with pytest.raises(BadInput, match="refused by a drill"):
+    with pytest.raises(StorageDown, match="refused by a drill"):
         acts.get(ask, getattr(writer, ask))()
 
 
@@ -395,7 +402,7 @@ def test_a_group_that_failed_tries_no_more(run, caplog):
 
 
 def told_full(error: BaseException | None, run: Location, name: str) -> bool:
-    remedy = "free some and run the same command again; the previous checkpoint is whole"
+    remedy = "free some space and run the same command again; the previous checkpoint is whole"
     return str(error) == f"no space left for {place(run, 64).uri}/{name}: {remedy}"
 
 
@@ -409,7 +416,7 @@ def test_a_full_disk_is_told_with_the_remedy_and_leaves_the_previous_checkpoint(
     writer = CheckpointWriter(run, GROUP, 0, 1)
     writer.save(state(64), slices(values()))
     error = Thread(writer.wait).end()
-    assert isinstance(error, BadInput)
+    assert isinstance(error, StorageFull)
     assert told_full(error, run, name)
     assert newest_sound(run) == previous
     assert read_state(previous).images == 32
@@ -431,11 +438,11 @@ def test_a_disk_that_fills_up_with_slices_is_told_likewise(run, monkeypatch, fun
     if function == "save":
         monkeypatch.setattr(safetensors.torch, "save_file", full)
     else:
-        monkeypatch.setattr(write.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
     writer = CheckpointWriter(run, GROUP, 0, 1)
     writer.save(state(64), slices(values()))
     found = Thread(writer.wait).end()
-    assert isinstance(found, BadInput)
+    assert isinstance(found, StorageFull)
     assert told_full(found, run, slice_file(GENERATOR, 0, 1))
     assert newest_sound(run) == previous
 

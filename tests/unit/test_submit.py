@@ -1,7 +1,9 @@
 """What is sent to a cluster, under which name, and which ends are tried again."""
 
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ from cat_ray.submission.job import (
     next_attempt,
     read_submission,
 )
-from cat_ray.submission.package import LIMIT_BYTES, check_size, code_files, fill
+from cat_ray.submission.package import DATA, LIMIT_BYTES, check_size, code_files, fill
 from cat_ray.submission.server import is_own_address
 
 JOBS = {
@@ -107,21 +109,82 @@ def test_relative_paths_are_kept_here_and_refused_elsewhere(job_file: Path, tmp_
     assert absolute.places_of(None) == absolute.places
 
 
-def test_the_entry_point_runs_in_the_folder_where_relative_paths_mean_the_same(tmp_path: Path):
-    assert entry_point("fid", None) == "exec python -P -m cat_ray fid job.yaml"
-    folder = tmp_path / "it's a folder"
+def script(place: Path, told: str) -> Path:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(f"#!/bin/sh\n{told}\n")
+    place.chmod(0o755)
+    return place
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    """A folder with what a shell needs, and no Python."""
+    folder = tmp_path / "tools"
     folder.mkdir()
-    (tmp_path / "python").write_text('#!/bin/sh\npwd\necho "$@"\n')
-    (tmp_path / "python").chmod(0o755)
-    ran = subprocess.run(
-        entry_point("train", folder),
-        shell=True,
-        cwd=tmp_path,
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+    for name in ("tr", "sed"):
+        (folder / name).symlink_to(str(shutil.which(name)))
+    return folder
+
+
+def ran(command: str, folder: Path, path: str, raylet: str = "") -> subprocess.CompletedProcess:
+    """The command as the grandchild of a process with the arguments of a raylet."""
+    child = f"import subprocess, sys; sys.exit(subprocess.call({command!r}, shell=True))"
+    between = (
+        f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {child!r}]))"
+    )
+    arguments = ["--node_id=1", raylet, "--java_worker_command="]
+    return subprocess.run(
+        [sys.executable, "-c", between, *arguments],
+        cwd=folder,
+        env={"PATH": path},
         capture_output=True,
         text=True,
     )
-    assert ran.stdout == f"{folder}\n-P -m cat_ray train {tmp_path}/job.yaml\n"
+
+
+def test_the_entry_point_runs_in_the_folder_where_relative_paths_mean_the_same(
+    tmp_path: Path, tools: Path
+):
+    assert entry_point("fid", None).endswith('; exec "$python" -P -m cat_ray fid job.yaml')
+    folder = tmp_path / "it's a folder"
+    folder.mkdir()
+    script(tmp_path / "bin/python", 'pwd\necho "$@"')
+    told = ran(entry_point("train", folder), tmp_path, f"{tmp_path}/bin:{tools}")
+    assert told.stdout == f"{folder}\n-P -m cat_ray train {tmp_path}/job.yaml\n"
+    folder.rmdir()
+    gone = ran(entry_point("train", folder), tmp_path, f"{tmp_path}/bin:{tools}")
+    assert gone.returncode and not gone.stdout
+
+
+@pytest.mark.parametrize(
+    ("on_path", "of_ray", "taken"),
+    [
+        (("python", "python3"), "venv/bin/python3", "venv/bin/python3"),
+        ((), "venv/bin/python3", "venv/bin/python3"),
+        (("python", "python3"), None, "bin/python"),
+        (("python3",), None, "bin/python3"),
+        (("python",), "gone/python", "bin/python"),
+    ],
+)
+def test_the_head_runs_a_job_with_the_python_that_runs_ray_there(
+    tmp_path: Path, tools: Path, on_path: tuple[str, ...], of_ray: str | None, taken: str
+):
+    for name in on_path:
+        script(tmp_path / "bin" / name, 'echo "$0"; exit 75')
+    raylet = ""
+    if of_ray is not None:
+        raylet = f"--python_worker_command={tmp_path}/{of_ray} setup_worker.py default_worker.py"
+        if not of_ray.startswith("gone"):
+            script(tmp_path / of_ray, 'echo "$0"; exit 75')
+    told = ran(entry_point("train", None), tmp_path, f"{tmp_path}/bin:{tools}", raylet)
+    assert (told.stdout, told.stderr, told.returncode) == (f"{tmp_path}/{taken}\n", "", 75)
+
+
+def test_a_head_without_any_python_is_told_in_one_line_and_bad_input(tmp_path: Path, tools: Path):
+    told = ran(entry_point("train", None), tmp_path, str(tools))
+    assert (told.stdout, told.returncode) == ("", 2)
+    (line,) = told.stderr.splitlines()
+    assert line.startswith("cat-ray: the head has no python: run `ray start` there with ")
 
 
 def test_metadata_tells_run_configuration_and_commit_and_nothing_of_the_environment(
@@ -159,22 +222,30 @@ def test_the_commit_is_the_codes_and_says_if_files_differ(tmp_path: Path):
 # What travels.
 
 
-def test_all_code_travels_and_nothing_that_lies_beside_it(tmp_path: Path):
-    package = tmp_path / "cat_ray"
-    for name in ("__init__.py", "data/table.csv", "data/key.pem", ".env", "a.safetensors"):
-        (package / name).parent.mkdir(parents=True, exist_ok=True)
-        (package / name).write_text("x")
-    (package / "__pycache__").mkdir()
-    (package / "__pycache__" / "a.pyc").write_text("x")
-    assert list(code_files(package)) == ["cat_ray/__init__.py", "cat_ray/data/table.csv"]
-
-    own = Path(__file__).parents[2] / "cat_ray"
+def test_all_code_travels_with_the_data_that_pyproject_names():
+    root = Path(__file__).parents[2]
+    own = root / "cat_ray"
     listed = subprocess.run(
         ["git", "-C", own, "ls-files", "."], check=True, capture_output=True, text=True
     ).stdout.split()
     # What is for people stays here.
     needed = {f"cat_ray/{name}" for name in listed if Path(name).suffix not in (".md", ".svg")}
     assert needed == set(code_files(own))
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    named = project["tool"]["setuptools"]["package-data"].items()
+    assert {
+        f"{package.replace('.', '/')}/{name}" for package, names in named for name in names
+    } == {f"cat_ray/{name}" for name in DATA}
+
+
+@pytest.mark.parametrize("name", ["__main__.py", "operations/gpus.yaml"])
+def test_a_package_made_of_links_is_refused_and_not_sent_without_them(tmp_path: Path, name: str):
+    package = tmp_path / "cat_ray"
+    shutil.copytree(Path(__file__).parents[2] / "cat_ray", package)
+    (package / name).rename(tmp_path / "cached")
+    (package / name).symlink_to(tmp_path / "cached")
+    with pytest.raises(BadInput, match=f"{name} is missing or a link.*--installed"):
+        code_files(package)
 
 
 def test_what_was_sent_runs_without_anything_installed_of_ours(job_file: Path, tmp_path: Path):
