@@ -117,6 +117,8 @@ class State:
         data_digest: hash of the shards' content.
         config: the resolved configuration as YAML.
         versions: of the packages that wrote it.
+        generator_steps, discriminator_steps: optimiser steps that each network has taken; None in
+            older checkpoints. Fewer than the run's steps where DeepSpeed skipped some.
     """
 
     __pydantic_config__ = NO_MORE_KEYS
@@ -126,6 +128,8 @@ class State:
     data_digest: str
     config: str
     versions: dict[str, str]
+    generator_steps: int | None = None
+    discriminator_steps: int | None = None
 
     def to_json(self) -> bytes:
         """The file's content."""
