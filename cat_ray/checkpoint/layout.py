@@ -178,6 +178,8 @@ def parse_manifest(content: bytes) -> Part:
     short = [name for name, size in held.items() if size > listed[name]]
     if short:
         raise ValueError(f"{short[0]} is too short for its slices")
+    if unused := listed.keys() - held.keys() - {STATE}:
+        raise ValueError(f"it has no slices in {min(unused)}")
     if len({(piece.file, piece.tensor) for piece in manifest.slices}) < len(manifest.slices):
         raise ValueError("two slices of one tensor lie in one file")
     return manifest
