@@ -8,6 +8,7 @@ asked for, `tokens.npy` `[n, 1 + N, E]`, DINOv2's.
 import io
 import json
 import math
+import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,16 @@ from cat_ray.data.tar import RawSample
 from cat_ray.errors import BadInput
 
 LATENTS, CLASSES, KEYS, TOKENS = "latents.npy", "classes.npy", "keys.json", "tokens.npy"
+# What numpy and json raise for damaged content; numpy reads a header as Python text.
+UNREADABLE = (
+    KeyError,
+    ValueError,
+    TypeError,
+    EOFError,
+    RecursionError,
+    SyntaxError,
+    tokenize.TokenError,
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ def unpack(sample: RawSample, shard: str) -> Pack:
             tokens=_from_npy(members[TOKENS]) if TOKENS in members else None,
         )
         _check(pack)
-    except (KeyError, ValueError, EOFError, RecursionError) as error:
+    except UNREADABLE as error:
         raise BadInput(f"shard {shard}: {sample.key} is no pack of latents: {error}") from error
     return pack
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cat_ray.data.packs import CLASSES, KEYS, LATENTS, TOKENS, Pack, unpack
@@ -129,6 +129,7 @@ def check_damaged(name: str, changes: list[tuple[int, int]]) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(damaged)
+@example((CLASSES, [(10, 0)]))
 def test_whatever_is_changed_in_a_pack_only_our_own_errors_come_out(case):
     check_damaged(*case)
 
