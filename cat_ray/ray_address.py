@@ -36,7 +36,8 @@ def named_cluster() -> str | None:
     named = os.environ.get(VARIABLE, "")
     if named in ("", "local"):
         return None
-    told = f"{VARIABLE}={named}"
+    # Whoever put a password into it doesn't want to see it in a log.
+    told = f"{VARIABLE}={re.sub('[^/]*@', '...@', named)}"
     if named != "auto" and not FORM.fullmatch(named):
         scheme = named.partition("://")[0]
         raise BadInput(f"{told}: {OTHER_FORMS.get(scheme, 'that is no address')}; {ADVICE}")

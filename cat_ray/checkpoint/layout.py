@@ -117,6 +117,8 @@ class State:
         data_digest: hash of the shards' content.
         config: the resolved configuration as YAML.
         versions: of the packages that wrote it.
+        generator_steps, discriminator_steps: optimiser steps that each network has taken; None in
+            older checkpoints. Fewer than the run's steps where DeepSpeed skipped some.
     """
 
     __pydantic_config__ = NO_MORE_KEYS
@@ -126,6 +128,8 @@ class State:
     data_digest: str
     config: str
     versions: dict[str, str]
+    generator_steps: int | None = None
+    discriminator_steps: int | None = None
 
     def to_json(self) -> bytes:
         """The file's content."""
@@ -174,6 +178,8 @@ def parse_manifest(content: bytes) -> Part:
     short = [name for name, size in held.items() if size > listed[name]]
     if short:
         raise ValueError(f"{short[0]} is too short for its slices")
+    if unused := listed.keys() - held.keys() - {STATE}:
+        raise ValueError(f"it has no slices in {min(unused)}")
     if len({(piece.file, piece.tensor) for piece in manifest.slices}) < len(manifest.slices):
         raise ValueError("two slices of one tensor lie in one file")
     return manifest

@@ -75,7 +75,7 @@ class _Tensor:
     __pydantic_config__ = NO_MORE_KEYS
 
     shape: Annotated[tuple[Size, ...], Field(max_length=MAX_DIMENSIONS)]
-    slices: tuple[tuple[str, Count, Size], ...]
+    slices: Annotated[tuple[tuple[str, Count, Size], ...], Field(min_length=1)]
 
 
 _FILES = TypeAdapter(tuple[FileRecord, ...])

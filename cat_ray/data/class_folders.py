@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from cat_ray.data.names import SPLITS, counted, ending_of, is_image, named
-from cat_ray.data.tree import check_is_no_pointer, look_below, selected
+from cat_ray.data.tree import check_is_no_pointer, check_is_whole, look_below, selected
 from cat_ray.data.units import Source, Unit, key_of
 from cat_ray.errors import BadInput
 
@@ -21,6 +21,7 @@ def list_class_folders(
             the folders are splits of a data set.
     """
     tree = look_below(source.place, left_out)
+    check_is_whole(source.place, tree)
     files = selected(source, tree.files, left_out)
     images = {name: size for name, size in files.items() if is_image(name)}
     left_out.update(ending_of(name) for name in files if name not in images)

@@ -7,15 +7,29 @@ asked for, `tokens.npy` `[n, 1 + N, E]`, DINOv2's.
 
 import io
 import json
+import math
+import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
 
 from cat_ray.data.tar import RawSample
 from cat_ray.errors import BadInput
 
 LATENTS, CLASSES, KEYS, TOKENS = "latents.npy", "classes.npy", "keys.json", "tokens.npy"
+# What numpy and json raise for damaged content; numpy reads a header as Python text.
+UNREADABLE = (
+    KeyError,
+    ValueError,
+    TypeError,
+    EOFError,
+    RecursionError,
+    SyntaxError,
+    tokenize.TokenError,
+)
 
 
 @dataclass(frozen=True)
@@ -47,14 +61,29 @@ def unpack(sample: RawSample, shard: str) -> Pack:
     """
     members = sample.members
     try:
-        return Pack(
+        pack = Pack(
             latents=_from_npy(members[LATENTS]),
             classes=_from_npy(members[CLASSES]),
             keys=json.loads(members[KEYS]),
             tokens=_from_npy(members[TOKENS]) if TOKENS in members else None,
         )
-    except (KeyError, ValueError, EOFError) as error:
+        _check(pack)
+    except UNREADABLE as error:
         raise BadInput(f"shard {shard}: {sample.key} is no pack of latents: {error}") from error
+    return pack
+
+
+def _check(pack: Pack) -> None:
+    keys, count = pack.keys, pack.classes.shape
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError(f"{KEYS} holds no list of names")
+    if pack.classes.dtype.kind not in "iu" or count != (len(keys),):
+        raise ValueError(f"{CLASSES} holds {count} {pack.classes.dtype}, not {len(keys)} integers")
+    for name, array, axes in ((LATENTS, pack.latents, 4), (TOKENS, pack.tokens, 3)):
+        if array is None:
+            continue
+        if array.dtype.kind != "f" or array.ndim != axes or array.shape[:1] != count:
+            raise ValueError(f"{name} is {array.dtype} of the shape {array.shape}, not {count[0]}")
 
 
 def _to_npy(values: np.ndarray) -> bytes:
@@ -64,4 +93,11 @@ def _to_npy(values: np.ndarray) -> bytes:
 
 
 def _from_npy(content: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    file = io.BytesIO(content)
+    version = npy.read_magic(file)
+    read: Any = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(file)
+    # The shape is to fit before memory is taken for it.
+    if math.prod(shape) * dtype.itemsize != len(content) - file.tell():
+        raise ValueError(f"an array of the shape {shape} is not {len(content):,} bytes long")
+    return npy.read_array(io.BytesIO(content), allow_pickle=False)

@@ -21,10 +21,17 @@ NOWHERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
 
 @dataclass(frozen=True)
 class Tree:
-    """What lies below a folder: sizes of files by their path, and the folders directly below."""
+    """What lies below a folder.
+
+    Attributes:
+        files: their sizes, by path.
+        folders: the names of those directly below.
+        lost: the names of links directly below that lead nowhere.
+    """
 
     files: Mapping[str, int]
     folders: tuple[str, ...]
+    lost: tuple[str, ...] = ()
 
 
 def look_below(place: Location, left_out: Counter[str], deep: bool = True) -> Tree:
@@ -57,13 +64,16 @@ def files_of(source: Source, ending: str, left_out: Counter[str]) -> dict[str, i
     if place.name.endswith(ending) and (size := place.size()) is not None:
         _check_has_no_pattern(source)
         return {"": size}
-    shallow = Counter[str]()
-    files = look_below(place, shallow, deep=False).files
-    if source.pattern or not any(name.endswith(ending) for name in files):
-        shallow.clear()
-        files = look_below(place, shallow).files
-    left_out.update(shallow)
-    files = selected(source, files, left_out)
+    found_here = Counter[str]()
+    tree = look_below(place, found_here, deep=False)
+    if source.pattern or not any(name.endswith(ending) for name in tree.files):
+        found_here.clear()
+        tree = look_below(place, found_here)
+    elif tree.folders:
+        found_here["folders that were not looked into"] = len(tree.folders)
+    check_is_whole(place, tree)
+    left_out.update(found_here)
+    files = selected(source, tree.files, left_out)
     found = {name: files[name] for name in sorted(files) if name.endswith(ending)}
     left_out.update(ending_of(name) for name in files if name not in found)
     for name, size in found.items():
@@ -86,6 +96,20 @@ def selected(source: Source, files: Mapping[str, int], left_out: Counter[str]) -
     if others := len(files) - len(found):
         left_out["not selected by source.pattern"] += others
     return found
+
+
+def check_is_whole(place: Location, tree: Tree) -> None:
+    """Refuses a folder with links that lead nowhere: each may stand for a class or a shard.
+
+    Raises:
+        BadInput: there is one.
+    """
+    for name in tree.lost:
+        to = Path(place.path, name).readlink()
+        raise BadInput(
+            f"{place.uri}/{name} is a link to {to}, which leads nowhere: restore what it led to, or "
+            "remove it; later classes would get other numbers"
+        )
 
 
 def check_is_one_split(source: Source, files: Mapping[str, int]) -> None:
@@ -122,6 +146,7 @@ def _walk(place: Location, root: Path, left_out: Counter[str], deep: bool) -> Tr
     """The files below a folder of this machine, through links, each folder once."""
     files: dict[str, int] = {}
     top: list[str] = []
+    lost: list[str] = []
     start = os.path.realpath(root)
     reached = {start: "."}
     waiting = [("", root, start)]
@@ -131,8 +156,10 @@ def _walk(place: Location, root: Path, left_out: Counter[str], deep: bool) -> Tr
             name = f"{above}{entry.name}"
             if _is_left_out(entry.name, left_out):
                 continue
-            found = _facts(entry, at_top=not above)
-            if found is None:
+            found = _facts(entry)
+            if found is None and not above:
+                lost.append(name)
+            elif found is None:
                 left_out["links that lead nowhere"] += 1
             elif stat.S_ISREG(found.st_mode):
                 files[name] = found.st_size
@@ -154,26 +181,17 @@ def _walk(place: Location, root: Path, left_out: Counter[str], deep: bool) -> Tr
                             "images would come twice. Remove the link"
                         )
                     waiting.append((f"{name}/", Path(entry.path), own))
-    return Tree(files, tuple(sorted(top)))
+    return Tree(files, tuple(sorted(top)), tuple(sorted(lost)))
 
 
-def _facts(entry: os.DirEntry[str], at_top: bool) -> os.stat_result | None:
-    """What the operating system knows of a file, or of what a link leads to; None if to nothing.
-
-    Raises:
-        BadInput: a link in the source's folder leads nowhere: it may stand for a class.
-    """
+def _facts(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """What the operating system knows of a file, or of what a link leads to; None if to nothing."""
     try:
         return entry.stat()
     except OSError as error:
-        if not entry.is_symlink() or error.errno not in NOWHERE:
-            raise explain(error, entry.path, local=True) from error
-        if not at_top:
+        if entry.is_symlink() and error.errno in NOWHERE:
             return None
-        raise BadInput(
-            f"{entry.path} is a link to {Path(entry.path).readlink()}, which leads nowhere: "
-            "restore what it led to, or remove it; later classes would get other numbers"
-        ) from error
+        raise explain(error, entry.path, local=True) from error
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -3,9 +3,13 @@
 50,000 images of 256 pixels are 9.8 GB: they are written and read a few at a time.
 """
 
+import lzma
 import math
 import os
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +18,28 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, Damaged
 
 IMAGES = "arr_0"
 LABELS = "arr_1"
 ENDING = ".npy"
 # Of every member, so that the same images give the same bytes.
 WRITTEN = (1980, 1, 1, 0, 0, 0)
+NUMBERS = "biuf"
+# What the zipfile module raises for a damaged or encrypted file, or a compression that is rare.
+UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+    struct.error,
+)
+HEADER_UNREADABLE = (ValueError, KeyError, TypeError, SyntaxError, tokenize.TokenError)
 
 
 def write_images(
@@ -59,39 +78,46 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> N
 
 @dataclass(frozen=True)
 class Array:
-    """An array of an npz as its header tells."""
+    """An array of an npz as its header tells; `by_column` is Fortran's order."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    by_column: bool = False
 
 
 class Npz:
-    """The arrays of an npz, whole or a few rows at a time; nothing in it is unpickled."""
+    """The arrays of an npz, whole or a few rows at a time; nothing in it is unpickled.
+
+    What else the file holds beside the arrays that are asked for doesn't matter.
+    """
 
     def __init__(self, file: IO[bytes], name: str):
-        """Looks at the headers of a file that can seek; `name` is for messages.
+        """Looks at the list of members of a file that can seek; `name` is for messages.
 
         Raises:
-            BadInput: it is no npz, or holds something else than plain arrays.
+            BadInput: it is no npz.
         """
         self.name = name
         try:
             self._archive = zipfile.ZipFile(file)
         # In a file of a few bytes the search begins before its first one, which pyarrow refuses.
-        except (zipfile.BadZipFile, ValueError) as error:
-            raise BadInput(f"{name} is no npz file: {error}") from error
-        self.arrays: dict[str, Array] = {}
-        for member in self._archive.namelist():
-            with self._opened(member) as content:
-                self.arrays[member.removesuffix(ENDING)] = self._header(content, member)
+        except UNREADABLE as error:
+            raise Damaged(f"{name} is no npz file: {error}") from error
+        self._names = {member.removesuffix(ENDING) for member in self._archive.namelist()}
 
     @contextmanager
-    def _opened(self, member: str) -> Iterator[IO[bytes]]:
+    def _opened(self, array: str) -> Iterator[tuple[Array, IO[bytes]]]:
+        """The header of an array, and what comes behind it."""
+        if array not in self._names:
+            raise BadInput(f"{self.name} has no {array}, it has {', '.join(sorted(self._names))}")
+        member = f"{array}{ENDING}"
+        if member not in self._archive.namelist():
+            raise BadInput(f"{self.name}: {array} is no array of numpy's")
         try:
             with self._archive.open(member) as content:
-                yield content
-        except zipfile.BadZipFile as error:
-            raise BadInput(f"{self.name}: {member} is damaged: {error}") from error
+                yield self._header(content, member), content
+        except UNREADABLE as error:
+            raise Damaged(f"{self.name}: {member} is damaged: {error}") from error
 
     def _header(self, content: IO[bytes], member: str) -> Array:
         try:
@@ -100,50 +126,56 @@ class Npz:
                 (1, 0): npy.read_array_header_1_0,
                 (2, 0): npy.read_array_header_2_0,
             }[version]
-            shape, fortran, dtype = read(content)
-        except (ValueError, KeyError) as error:
+            shape, by_column, dtype = read(content)
+        except HEADER_UNREADABLE as error:
             raise BadInput(f"{self.name}: {member} is no array of numpy's") from error
-        if fortran or dtype.hasobject or not shape:
-            raise BadInput(f"{self.name}: {member} holds no plain numbers, row after row")
-        return Array(shape, dtype)
+        if dtype.kind not in NUMBERS or not dtype.itemsize or not all(n >= 0 for n in shape):
+            raise BadInput(f"{self.name}: {member} holds no plain numbers, but {dtype}")
+        return Array(shape, dtype, by_column)
 
     def __contains__(self, array: str) -> bool:
-        return array in self.arrays
+        return array in self._names
 
     def read(self, array: str) -> np.ndarray:
         """A whole array.
 
         Raises:
-            BadInput: there is none of that name, or it is cut short.
+            BadInput: there is none of that name, it holds no numbers, or it is cut short.
         """
-        found = self.known(array)
-        none = np.empty((0, *found.shape[1:]), found.dtype)
-        return np.concatenate([none, *self.rows(array, max(1, found.shape[0]))])
+        with self._opened(array) as (found, content):
+            wanted = math.prod(found.shape) * found.dtype.itemsize
+            read = content.read(wanted)
+            if len(read) < wanted:
+                raise Damaged(f"{self.name}: {array} ends before its last row")
+            flat = np.frombuffer(read, found.dtype)
+            return flat.reshape(found.shape, order="F" if found.by_column else "C")
 
     def rows(self, array: str, count: int, first: int = 0) -> Iterator[np.ndarray]:
         """An array from its row `first` on, so many rows at a time.
 
         Raises:
-            BadInput: there is none of that name, or it is cut short.
+            BadInput: there is none of that name, it has no rows, or it is cut short.
         """
-        found = self.known(array)
-        row_bytes = math.prod(found.shape[1:]) * found.dtype.itemsize
-        with self._opened(f"{array}{ENDING}") as content:
-            self._header(content, array)
+        with self._opened(array) as (found, content):
+            if found.by_column or not found.shape:
+                raise BadInput(
+                    f"{self.name}: {array} doesn't lie row after row: save it as "
+                    "numpy.ascontiguousarray gives it"
+                )
+            row_bytes = math.prod(found.shape[1:]) * found.dtype.itemsize
             content.seek(first * row_bytes, os.SEEK_CUR)
             for begin in range(first, found.shape[0], count):
                 rows = min(count, found.shape[0] - begin)
                 read = content.read(rows * row_bytes)
                 if len(read) < rows * row_bytes:
-                    raise BadInput(f"{self.name}: {array} ends before row {begin + rows}")
+                    raise Damaged(f"{self.name}: {array} ends before row {begin + rows}")
                 yield np.frombuffer(read, found.dtype).reshape(rows, *found.shape[1:])
 
     def known(self, array: str) -> Array:
         """The header of an array.
 
         Raises:
-            BadInput: there is none of that name.
+            BadInput: there is none of that name, or it holds no numbers.
         """
-        if array not in self.arrays:
-            raise BadInput(f"{self.name} has no {array}, it has {', '.join(sorted(self.arrays))}")
-        return self.arrays[array]
+        with self._opened(array) as (found, _):
+            return found

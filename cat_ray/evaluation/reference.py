@@ -69,6 +69,11 @@ def _images(npz: Npz, side: int) -> int:
             f"{npz.name}: {IMAGES} is {found.dtype} of the shape {found.shape}, the samples are "
             f"{side} x {side}: it is a reference for other images"
         )
+    if found.by_column:
+        raise BadInput(
+            f"{npz.name}: {IMAGES} doesn't lie image after image: save it as "
+            "numpy.ascontiguousarray gives it"
+        )
     return found.shape[0]
 
 

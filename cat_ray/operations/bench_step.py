@@ -151,7 +151,8 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     def step(place: int) -> None:
         figures, outputs = take(place)
         recorder.add(figures, outputs)
-        agreement.after_step(figures, NO_WISHES)
+        agreement.send(figures)
+        agreement.after_step(NO_WISHES)
 
     return asdict(measure_steps(step, device, settings["steps"]))
 

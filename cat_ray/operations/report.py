@@ -2,13 +2,16 @@
 
 import base64
 import html
+import math
 import re
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from cat_ray.checkpoint.read import newest, read_state
+from cat_ray.errors import printable
 from cat_ray.evaluation import plot
 from cat_ray.operations.identity import CONFIG_NAME
 from cat_ray.operations.journal import EVENT, Row, read_rows
@@ -18,6 +21,10 @@ REPORT = "report.html"
 GRIDS = "grids"
 GRID_NAME = re.compile(r"images-(\d+)\.png")
 GRIDS_SHOWN = 6
+CURVES_SHOWN = 64
+LABEL_CHARACTERS = 60
+# No figure of a float32 is greater but infinity; a picture's axes would break with one that is.
+GREATEST = 3.5e38
 
 CURVES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Losses", "train", ("d_loss", "g_loss")),
@@ -54,7 +61,10 @@ pre { background: #f6f8fa; padding: 1rem; overflow-x: auto }
 
 
 def write_report(run: Location) -> Location:
-    """Writes the page from what lies in the run folder, and returns where it is."""
+    """Writes the page from what lies in the run folder, and returns where it is.
+
+    Whatever others wrote there is shown as text: rows may be foreign, and lack anything.
+    """
     rows = read_rows(run)
     sections = [
         "<h2>Last measurement</h2>" + _evaluations(rows),
@@ -65,41 +75,47 @@ def write_report(run: Location) -> Location:
         "a class, each row a latent that stays the same through training.</p>"
         f'<div class="grids">{_grids(run)}</div>',
         f"<h2>What happened</h2>{_events(rows)}",
-        f"<h2>Configuration</h2><pre>{html.escape(_text(run / CONFIG_NAME))}</pre>",
+        f"<h2>Configuration</h2><pre>{_escaped(_text(run / CONFIG_NAME))}</pre>",
         f"<h2>Versions</h2>{_table(_versions(run).items())}",
     ]
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>cat-ray: {html.escape(run.name)}</title><style>{STYLE}</style>"
-        f"<h1>{html.escape(run.name)}</h1><p>{_summary(rows)}</p>{''.join(sections)}</html>"
+        f"<title>cat-ray: {_escaped(run.name)}</title><style>{STYLE}</style>"
+        f"<h1>{_escaped(run.name)}</h1><p>{_summary(rows)}</p>{''.join(sections)}</html>"
     )
     place = run / REPORT
     place.write(page.encode())
     return place
 
 
+def _of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
+    return [row for row in rows if row.get("kind") == kind]
+
+
 def _summary(rows: Sequence[Row]) -> str:
-    train = [row for row in rows if row["kind"] == "train"]
+    train = _of_kind(rows, "train")
     if not train:
         return "Nothing was trained yet."
     last = train[-1]
-    sessions = len({row["session"] for row in rows})
-    return (
-        f"{last['images']:,} images ({last['epoch']:.1f} epochs) on {last['workers']} workers, "
-        f"{last['images_per_second']:.0f} images/s at the end, {sessions} "
-        f"session{'s' if sessions > 1 else ''}, {last['broken_samples']} broken samples skipped."
+    sessions = len({_number(row.get("session")) for row in rows})
+    return _escaped(
+        f"{_number(last.get('images'))} images ({_number(last.get('epoch'), '.1f')} epochs) on "
+        f"{_number(last.get('workers'), '')} workers, "
+        f"{_number(last.get('images_per_second'), '.0f')} images/s at the end, {sessions} "
+        f"session{'s' if sessions > 1 else ''}, {_number(last.get('broken_samples'), '')} broken "
+        "samples skipped."
     )
 
 
 def _evaluations(rows: Sequence[Row]) -> str:
-    measured = [row for row in rows if row["kind"] == "evaluation"]
+    measured = _of_kind(rows, "evaluation")
     if not measured:
         return "<p>Nothing was measured: evaluation.protocol is none.</p>"
     hidden = ("kind", "session")
     first, last = measured[0], measured[-1]
     lines = [
-        (name.replace("_", " "), _number(first[name]), _number(last[name]))
+        (name.replace("_", " "), _number(first.get(name)), _number(last[name]))
         for name in last
         if name not in hidden
     ]
@@ -108,47 +124,65 @@ def _evaluations(rows: Sequence[Row]) -> str:
 
 def _measured(rows: Sequence[Row]) -> list[str]:
     """What was measured of checkpoints beside the training, with the best one."""
-    found = [row for row in rows if row["kind"] == "measured"]
+    found = _of_kind(rows, "measured")
     if not found:
         return []
-    best = found[-1]["best"][:1]
-    lines = [
-        (
-            f"{row['images']:,}",
-            f"{row['metric']} {_number(row[row['metric']])}",
-            *(f"{name} {_number(row[name])}" for name in ("precision", "recall") if name in row),
-            row["checkpoint"],
-            "the best" if row["checkpoint"] in best else "",
+    ranked = found[-1].get("best")
+    best = ranked[:1] if isinstance(ranked, list) else []
+    lines = []
+    for row in found:
+        metric, checkpoint = _number(row.get("metric")), row.get("checkpoint")
+        others = [name for name in ("precision", "recall") if name in row]
+        lines.append(
+            (
+                _number(row.get("images")),
+                f"{metric} {_number(row.get(metric))}",
+                *(f"{name} {_number(row[name])}" for name in others),
+                _number(checkpoint),
+                "the best" if checkpoint in best else "",
+            )
         )
-        for row in found
-    ]
     return ["<h2>Checkpoints</h2>" + _table([("images",), *lines])]
 
 
 def _events(rows: Sequence[Row]) -> str:
-    return _table((f"{row['images']:,}", row["message"]) for row in rows if row["kind"] == EVENT)
+    events = _of_kind(rows, EVENT)
+    return _table((_number(row.get("images")), _number(row.get("message"))) for row in events)
 
 
 def _curves(rows: Sequence[Row]) -> str:
     figures = []
     for title, kind, prefixes in CURVES:
-        chosen = [row for row in rows if row["kind"] == kind]
+        chosen = _of_kind(rows, kind)
         names = [name for name in (chosen[-1] if chosen else {}) if name.startswith(prefixes)]
-        if not names:
+        curves = {name: points for name in names if (points := _points(chosen, name))}
+        if not curves:
             continue
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
         axes = figure.subplots()
-        for name in names:
-            points = [(row["images"], row[name]) for row in chosen if name in row]
-            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), marker=".")
+        for name, points in list(curves.items())[:CURVES_SHOWN]:
+            label = printable(name.replace("_", " "))[:LABEL_CHARACTERS]
+            axes.plot(*zip(*points, strict=True), label=label, marker=".")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("images seen", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-        if len(names) > 1:
-            axes.legend(fontsize=8)
+        if len(curves) > 1:
+            for text in axes.legend(fontsize=8).get_texts():
+                # A dollar in a name begins no formula.
+                text.set_parse_math(False)
         figures.append(_image(plot.to_png(figure, 110), title))
     return "".join(figures)
+
+
+def _points(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
+    """Images and a figure, of the rows that have both as numbers that a picture can show."""
+    pairs = [(row.get("images"), row.get(name)) for row in rows]
+    return [
+        (float(images), float(value))
+        for images, value in pairs
+        if all(_is_number(part) and not GREATEST < abs(part) < math.inf for part in (images, value))
+    ]
 
 
 def _grids(run: Location) -> str:
@@ -169,11 +203,11 @@ def _grids(run: Location) -> str:
 
 def _image(content: bytes, description: str) -> str:
     encoded = base64.b64encode(content).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{encoded}">'
+    return f'<img alt="{_escaped(description)}" src="data:image/png;base64,{encoded}">'
 
 
 def _text(place: Location) -> str:
-    return place.read().decode() if place.exists() else ""
+    return place.read().decode(errors="replace") if place.exists() else ""
 
 
 def _versions(run: Location) -> dict[str, str]:
@@ -182,9 +216,26 @@ def _versions(run: Location) -> dict[str, str]:
 
 
 def _table(lines: Any) -> str:
-    cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in line) for line in lines)
+    cells = ("".join(f"<td>{_escaped(cell)}</td>" for cell in line) for line in lines)
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"
 
 
-def _number(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+def _escaped(text: Any) -> str:
+    """Text in the page: no markup, and none of the characters that HTML and UTF-8 haven't."""
+    return html.escape(printable(str(text).replace("\r\n", "\n")))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _number(value: Any, form: str | None = None) -> str:
+    """A figure as text; what is none as it is, lists and such in short."""
+    if isinstance(value, str):
+        return value
+    if not _is_number(value):
+        return "" if value is None else reprlib.repr(value)
+    if isinstance(value, int) and abs(value) > GREATEST:
+        # No float could hold it.
+        return str(value)
+    return format(value, (",.4g" if isinstance(value, float) else ",") if form is None else form)

@@ -74,6 +74,11 @@ class Follower:
             self._say(f"the rest of the log of {self._id} can't be read: {error}")
 
     async def _show_rest(self) -> None:
+        """Shows the log from where it was shown, as it is written, to its end.
+
+        Raises:
+            ServerDown: it broke off.
+        """
         position = 0
         pieces = aiter(self._server.tail(self._id))
         while True:
@@ -83,7 +88,7 @@ class Follower:
                 job = await asyncio.to_thread(self._server.job, self._id)
                 if ending_of(job) is not None:
                     coming.cancel()
-                    return
+                    raise ServerDown(f"the log of {self._id} came to no end")
             piece = coming.result()
             if piece is None:
                 return

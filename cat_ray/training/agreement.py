@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -12,52 +13,64 @@ from cat_ray.training.parts import part
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Coming:
+    """A step's figures on their way to the CPU, where they are once `arrived` has happened."""
+
+    names: tuple[str, ...]
+    values: Tensor
+    arrived: torch.cuda.Event | None
+
+
 class Agreement:
     """Adds up figures and wishes over the workers; every worker must call each method.
 
     Figures come one step late: their way from a GPU to the CPU is begun in their own step and
-    asked for in the next, so that no step waits for the device. `group` is a process group on the
-    CPU, None for the default one.
+    asked for in the next, so that no step waits for the device; only `settle` does. `group` is a
+    process group on the CPU, None for the default one.
     """
 
     def __init__(self) -> None:
         on_cpu = distributed.get_backend() == "gloo"
         self.group = None if on_cpu else distributed.new_group(backend="gloo")
-        self._names: list[str] = []
-        self._coming: Tensor | None = None
-        self._arrived: torch.cuda.Event | None = None
+        self._coming: list[Coming] = []
         self._seconds: list[float] = []
 
     @part("agreement")
-    def after_step(
-        self, figures: dict[str, Tensor], wishes: Sequence[bool]
-    ) -> tuple[dict[str, float] | None, list[bool]]:
-        """The figures of the step before, if there was one, and which wishes any worker has now.
+    def send(self, figures: dict[str, Tensor]) -> None:
+        """Begins to bring a step's figures, this worker's parts of the means, to the CPU."""
+        values = torch.stack([value.detach().float() for value in figures.values()])
+        on_cpu = torch.empty(len(values), pin_memory=values.is_cuda)
+        on_cpu.copy_(values, non_blocking=True)
+        arrived = None
+        if values.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._coming.append(Coming(tuple(figures), on_cpu, arrived))
+
+    @part("agreement")
+    def after_step(self, wishes: Sequence[bool]) -> tuple[list[dict[str, float]], list[bool]]:
+        """The figures of the steps before this one, and which wishes any worker has now.
 
         Args:
-            figures: this worker's parts of the batch's means in the step that has ended.
             wishes: what this worker wants all of them to do.
         """
-        last, held = self._sum([float(wish) for wish in wishes])
-        self._names = list(figures)
-        values = torch.stack([figures[name].detach().float() for name in self._names])
-        self._coming = torch.empty(len(values), pin_memory=values.is_cuda)
-        self._coming.copy_(values, non_blocking=True)
-        if values.is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-        return last, [value > 0 for value in held]
+        late, self._coming = self._coming[:-1], self._coming[-1:]
+        return self._sum(late, wishes)
 
     def take_seconds(self) -> list[float]:
         """Seconds of each sum since this was last asked, with waiting for the other workers."""
         seconds, self._seconds = self._seconds, []
         return seconds
 
-    def settle(self) -> dict[str, float] | None:
-        """The figures that are still to come, waiting for them; None if there are none."""
-        last, _ = self._sum([])
-        self._coming = None
-        return last
+    def settle(self) -> list[dict[str, float]]:
+        """The figures that are still to come, this step's as well, waiting for them."""
+        late, self._coming = self._coming, []
+        return self._sum(late, [])[0]
+
+    def any(self, wish: bool) -> bool:
+        """Whether any worker says so."""
+        return self._sum([], [wish])[1][0]
 
     def gather(self, value: T) -> list[T]:
         """Every worker's value, by rank."""
@@ -69,16 +82,18 @@ class Agreement:
         """Waits for all workers."""
         distributed.barrier(group=self.group)
 
-    def _sum(self, wishes: list[float]) -> tuple[dict[str, float] | None, list[float]]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
+    def _sum(
+        self, late: Sequence[Coming], wishes: Sequence[bool]
+    ) -> tuple[list[dict[str, float]], list[bool]]:
+        for each in late:
+            if each.arrived is not None:
+                each.arrived.synchronize()
         began = time.perf_counter()
-        late = self._coming if self._coming is not None else torch.empty(0)
-        packed = torch.cat([late, torch.tensor(wishes)])
+        packed = torch.cat([*(each.values for each in late), torch.tensor(wishes).float()])
         if not len(packed):
-            return None, []
+            return [], []
         distributed.all_reduce(packed, group=self.group)
-        values = packed.tolist()
+        values = iter(packed.tolist())
         self._seconds.append(time.perf_counter() - began)
-        figures = dict(zip(self._names, values[: len(late)], strict=True)) if len(late) else None
-        return figures, values[len(late) :]
+        figures = [{name: next(values) for name in each.names} for each in late]
+        return figures, [value > 0 for value in values]

@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -132,6 +132,13 @@ class Engine:
         rank = distributed.get_rank()
         return range(length * rank // self.world_size, length * (rank + 1) // self.world_size)
 
+    def steps(self) -> int:
+        """Optimiser steps taken: under ZeRO, DeepSpeed skips one whose gradient is not finite.
+
+        Waits for the device.
+        """
+        return int(next(iter(self._adam_states()))["step"])
+
     def restore(self, moments: Callable[[str, int, int], Tensor], steps: int, *probe: Any) -> None:
         """Puts moments and step count back into an engine made from restored weights.
 
@@ -148,9 +155,13 @@ class Engine:
             for moment, values in fragment.moments.items():
                 name = f"{fragment.name}.{moment}"
                 values.copy_(moments(name, fragment.offset, fragment.length))
-        inner = self._engine.optimizer if self.zero_stage == 0 else self._engine.optimizer.optimizer
-        for state in inner.state.values():
+        for state in self._adam_states():
             state["step"].fill_(steps)
+
+    def _adam_states(self) -> Iterable[dict[str, Tensor]]:
+        """What Adam knows of each tensor that it moves; all took the same steps."""
+        inner = self._engine.optimizer if self.zero_stage == 0 else self._engine.optimizer.optimizer
+        return inner.state.values()
 
     def _fragment(self, name: str, parameter: nn.Parameter) -> Fragment | None:
         if self.zero_stage == PARTITIONED:

@@ -1,4 +1,7 @@
-"""The training loop: next batch, both steps, average, record, save, ask whether to go on."""
+"""The training loop: next batch, both steps, average, record, save, ask whether to go on.
+
+A step's figures are judged one step late, so that no step waits for them: only a save does.
+"""
 
 from cat_ray.training.session import Session, due
 from cat_ray.training.steps import training_step
@@ -17,6 +20,7 @@ def train(session: Session) -> None:
         figures, fakes = training_step(session.adversaries, session.averages, micro_batches)
         session.images += batch_size
 
+        session.send(figures)
         session.recorder.add(figures, fakes)
         if due(session.images, config.reporting.log_every_images, config):
             session.record()
@@ -24,7 +28,7 @@ def train(session: Session) -> None:
             session.draw_grid()
         if due(session.images, config.evaluation.every_images, config):
             session.evaluate()
-        if due(session.images, config.checkpoints.save_every_images, config):
+        if session.save_is_due():
             session.save()
-        session.end_step(figures)
+        session.end_step()
     session.finish()

@@ -92,12 +92,15 @@ class Saver:
         self.images = images
 
     def _place(self, images: int) -> State:
+        adversaries = self._state.adversaries
         return State(
             images=images,
             noise_stream=self._due.noise_stream,
             data_digest=self._due.index.digest(),
             config=dump(self._config),
             versions=versions(),
+            generator_steps=adversaries.generator.steps(),
+            discriminator_steps=adversaries.discriminator.steps(),
         )
 
     def _writer_for(self, rank: int, worker_group: str) -> CheckpointWriter:

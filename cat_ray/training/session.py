@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 import ray
 import ray.train
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
 from cat_ray.checkpoint.write import Saved
 from cat_ray.config import Config
@@ -46,8 +46,8 @@ from cat_ray.training.reals import RealsMaker
 from cat_ray.training.recorder import Recorder
 from cat_ray.training.requests import NOTICES, RESIZE, STOP, StopFile
 from cat_ray.training.saver import Saver
-from cat_ray.training.state import make_state
-from cat_ray.training.steps import MicroBatch
+from cat_ray.training.state import is_finite, make_state
+from cat_ray.training.steps import Figures, MicroBatch
 from cat_ray.training.watchdog import Watchdog, end_process
 
 DRAIN_POLL_SECONDS = 0.5
@@ -170,7 +170,11 @@ class Session:
             self._keys.add(self.images, self.lanes, batch.keys, noise.cpu().numpy())
         return made
 
-    def end_step(self, figures: dict[str, Tensor]) -> None:
+    def send(self, figures: Figures) -> None:
+        """Begins to bring a step's figures to where they are judged, one step late."""
+        self._agreement.send(figures)
+
+    def end_step(self) -> None:
         """Agrees with the other workers whether to go on.
 
         Raises:
@@ -182,8 +186,8 @@ class Session:
             self._ledger.note(self.images)
         self._injector.strike(self.images, self._saver.writer)
         wishes = (NOTICES.current() is not None, STOP.is_set(), RESIZE.is_set())
-        last, wanted = self._agreement.after_step(figures, wishes)
-        self._judge(last)
+        late, wanted = self._agreement.after_step(wishes)
+        self._judge(late)
         for cause, wish in zip(WISHES, wanted, strict=True):
             if wish:
                 self._give_way(cause)
@@ -192,13 +196,11 @@ class Session:
         """Waits until the last save is complete, for all workers.
 
         Raises:
-            GaveWay: the last steps were bad, and the run goes back.
+            GaveWay: the last step was bad, which no run may end with: it goes back.
         """
         if not self._is_sound():
             self._roll_back()
-        with self._aside("save_stall"):
-            self._note_saves(self._saver.wait())
-            self._agreement.barrier()
+        self._complete_saves()
 
     def record(self) -> None:
         """Writes the figures since the last line.
@@ -221,8 +223,21 @@ class Session:
         with self._aside("evaluation"):
             self._monitor.evaluate(self.images)
 
+    def save_is_due(self) -> bool:
+        """Whether an interval ended since the last save, or the run did.
+
+        Where a step was too bad to be saved, this is so after the next one again.
+        """
+        every, saved = self.config.checkpoints.save_every_images, self._saver.images
+        ended = self.images // every > saved // every
+        return ended or self.images == self.config.run.total_images
+
     def save(self) -> None:
-        """Begins to save everything; a state after bad steps is not saved."""
+        """Begins to save everything, if this step was good: its figures are waited for.
+
+        Raises:
+            GaveWay: the state is beyond repair, and the run goes back.
+        """
         if self._saver.images == self.images or not self._is_sound():
             return
         with self._aside("save_stall"):
@@ -254,16 +269,21 @@ class Session:
             )
 
     def _is_sound(self) -> bool:
-        """Whether the last step was good, waiting for its figures."""
+        """Whether the last step was good and left nothing that is not finite; waits for it."""
         self._judge(self._agreement.settle())
-        return not self._health.bad
-
-    def _judge(self, figures: dict[str, float] | None) -> None:
-        if figures is None:
-            return
-        self._health = after_step(self._health, figures, self._limits)
-        if must_roll_back(self._health, self._limits):
+        if self._health.bad:
+            return False
+        # No figure may tell: at ZeRO 0 a gradient that is not finite shows in the next step's.
+        if self._agreement.any(not is_finite(self._state)):
+            self._health = Health(1, "weights, averages or moments that are not finite")
             self._roll_back()
+        return True
+
+    def _judge(self, steps: list[dict[str, float]]) -> None:
+        for figures in steps:
+            self._health = after_step(self._health, figures, self._limits)
+            if must_roll_back(self._health, self._limits):
+                self._roll_back()
 
     def _roll_back(self) -> None:
         self._note_saves(self._saver.wait())
@@ -284,18 +304,27 @@ class Session:
         margin = self.config.preemption.margin
         # One clock decides for all.
         decision = self._agreement.gather(decide(situations, cause, margin, time.time()))[0]
+        kind, told = decision.choice.kind, decision.told
+        if kind != "none" and not self._is_sound():
+            told += f"; this step can't be saved: {self._health.reason}"
         if self._journal is not None:
-            self._journal.append(EVENT, self.images, message=decision.told)
+            self._journal.append(EVENT, self.images, message=told)
         if notice is not None and decision.cause == "preemption":
             # Whoever told of it, Ray must know: nothing is to start here again.
             drain_node(here, notice.reason, notice.deadline)
-        if decision.choice.kind == "storage":
+        if kind == "storage":
             self.save()
-            self.finish()
-        if decision.choice.kind == "peer" and self._is_sound():
+            self._complete_saves()
+        if kind == "peer" and self._is_sound():
             with self._aside("save_stall"):
                 self._saver.save_for_leaving(self.images, leaving(situations))
-        raise GaveWay(decision.cause, decision.told)
+        raise GaveWay(decision.cause, told)
+
+    def _complete_saves(self) -> None:
+        """Waits until the saves of all workers are complete."""
+        with self._aside("save_stall"):
+            self._note_saves(self._saver.wait())
+            self._agreement.barrier()
 
     def _note_saves(self, saves: list[Saved]) -> None:
         for saved in saves if self._journal is not None else []:

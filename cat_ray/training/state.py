@@ -127,9 +127,20 @@ def state_slices(state: TrainingState) -> list[Slice]:
     return slices
 
 
+def is_finite(state: TrainingState) -> bool:
+    """Whether every number that this worker would save is finite, waiting for the device."""
+    # A sum is not finite if any of its parts isn't.
+    return all(bool(piece.values.sum().isfinite()) for piece in state_slices(state))
+
+
 def _restore(state: TrainingState, reader: CheckpointReader, device: torch.device) -> None:
     config = state.adversaries.config
-    steps = reader.state.images // config.optimisation.batch_size
+    # Older checkpoints don't say how many steps the optimisers took.
+    saved, steps = reader.state, reader.state.images // config.optimisation.batch_size
+    generator_steps, discriminator_steps = (
+        steps if counted is None else counted
+        for counted in (saved.generator_steps, saved.discriminator_steps)
+    )
     label = torch.zeros(1, dtype=torch.long, device=device)
     latent = torch.zeros(1, config.model.generator.latent_width, device=device)
     pyramid = [
@@ -138,10 +149,14 @@ def _restore(state: TrainingState, reader: CheckpointReader, device: torch.devic
     ]
     aligned_rows = 1 if state.adversaries.teacher else 0
     state.adversaries.generator.restore(
-        partial(reader.run, layout.GENERATOR_MOMENTS), steps, latent, label
+        partial(reader.run, layout.GENERATOR_MOMENTS), generator_steps, latent, label
     )
     state.adversaries.discriminator.restore(
-        partial(reader.run, layout.DISCRIMINATOR_MOMENTS), steps, pyramid, label, aligned_rows
+        partial(reader.run, layout.DISCRIMINATOR_MOMENTS),
+        discriminator_steps,
+        pyramid,
+        label,
+        aligned_rows,
     )
     for decay in config.optimisation.ema_decays:
         state.averages.load(decay, partial(reader.run, layout.average_group(decay)))

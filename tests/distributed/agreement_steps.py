@@ -30,14 +30,23 @@ def main() -> None:
         return {"loss": value, f"of-step-{step}": value.to(torch.bfloat16) / 2}
 
     found["before"] = agreement.settle()
-    found["steps"] = [agreement.after_step(figures(s), WISHES[rank][s]) for s in range(STEPS)]
+
+    def after_step(figures: dict[str, torch.Tensor], wishes: tuple[bool, ...]) -> tuple:
+        agreement.send(figures)
+        return agreement.after_step(wishes)
+
+    found["steps"] = [after_step(figures(s), WISHES[rank][s]) for s in range(STEPS)]
     found["settled"] = [agreement.settle(), agreement.settle()]
-    found["afterwards"] = [agreement.after_step(figures(s), (False,)) for s in range(2)]
+    found["afterwards"] = [after_step(figures(s), (False,)) for s in range(2)]
     broken = {"loss": torch.tensor(float("nan") if rank else 1.0)}
-    agreement.after_step(broken, ())
+    agreement.send(broken)
     found["broken"] = str(agreement.settle())
     # Without a figure or a wish there is nothing to add up.
-    found["nothing"] = agreement.after_step({"loss": torch.ones(())}, ())
+    found["nothing"] = after_step({"loss": torch.ones(())}, ())
+    # A save waits for its own step's figures as well.
+    agreement.send(figures(1))
+    found["both"] = agreement.settle()
+    found["any"] = [agreement.any(rank == 1), agreement.any(False)]
     found["gathered"] = agreement.gather({"rank": rank, "parts": [rank] * rank})
 
     if rank:

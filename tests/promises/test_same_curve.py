@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from cat_ray.checkpoint.read import newest, read_state, verify
+from cat_ray.checkpoint.read import CheckpointReader, newest, read_state, verify
 from cat_ray.config import parse
 from cat_ray.operations.journal import read_rows
 from cat_ray.operations.verify_resume import verify_resume
 from cat_ray.storage import locate
+from cat_ray.training.health import read_roll_backs
 
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))
+WITH_NAN = Path(__file__).with_name("nan_steps.py")
 WAIT_SECONDS = 300
 
 
@@ -96,3 +98,31 @@ def test_a_sick_gan_goes_back_with_other_noise_and_says_why(long_job: Path, tmp_
     assert newest(locate(str(run))) is None
     outcome = json.loads((run / "outcome.json").read_text())
     assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 1)
+
+
+def test_a_nan_in_a_step_that_saves_and_in_the_last_one_is_neither_saved_nor_the_end(
+    job_file: Path, tmp_path: Path
+) -> None:
+    # At ZeRO 0 a NaN is in the weights for good. Everything is due in the same steps.
+    changes = (
+        "health={bad_steps: 2, max_rollbacks: 2}",
+        "checkpoints={save_every_images: 32, keep: 9}",
+        "reporting={log_every_images: 32, grid_every_images: 32}",
+        "evaluation={protocol: classifier, every_images: 32, samples: 100}",
+        *(f"optimisation.{name}.zero_stage=0" for name in ("generator", "discriminator")),
+    )
+    options = [part for change in changes for part in ("--set", change)]
+    command = [sys.executable, str(WITH_NAN), "0@32,1@64", "train", str(job_file), *options]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=2 * WAIT_SECONDS)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    run = locate(str(tmp_path / "run"))
+    went_back = [(each.images, each.to_images) for each in read_roll_backs(run)]
+    assert went_back == [(48, 0), (64, 32)]
+    assert all("not finite" in each.reason for each in read_roll_backs(run))
+    saved = list((run / "checkpoints").folders())
+    assert [read_state(each).images for each in saved] == [32, 64]
+    for reader in map(CheckpointReader, saved):
+        for group in {piece.group for piece in reader.manifest.slices}:
+            assert all(values.isfinite().all() for values in reader.tensors(group).values())
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert (outcome["outcome"], outcome["images"]) == ("finished", 64)

@@ -65,6 +65,16 @@ def wait_for(what: str, there: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
+def tools_without_python(folder: Path) -> Path:
+    """A folder with all commands of PATH but Python's."""
+    folder.mkdir()
+    for place in map(Path, os.get_exec_path()):
+        for tool in place.iterdir() if place.is_dir() else ():
+            if not tool.name.startswith("python") and not (folder / tool.name).is_symlink():
+                (folder / tool.name).symlink_to(tool)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def head(new_port: Callable[[], int]) -> Iterator[Head]:
     # The path of a unix socket has room for 107 characters.
@@ -82,7 +92,8 @@ def head(new_port: Callable[[], int]) -> Iterator[Head]:
     options = [*(f"--{name}={value}" for name, value in ports.items()), f"--temp-dir={folder}"]
     environment = {
         **os.environ,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
+        # As where `ray start` was called by its path: no python of this PATH has Ray.
+        "PATH": str(tools_without_python(folder / "tools")),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
     }

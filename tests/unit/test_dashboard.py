@@ -61,6 +61,7 @@ class Dashboard:
     )
     submitted: list[str] = field(default_factory=list)
     forgets_answer: bool = False
+    silent: bool = False
     on_submit: Callable[["Dashboard", str], None] = lambda dashboard, name: None
     port: int = 0
 
@@ -162,7 +163,9 @@ class Dashboard:
         shown = 0
         while not stream.closed:
             ended = self.jobs[name]["status"] != "RUNNING"
-            if new := self.logs.get(name, "")[shown:]:
+            if self.silent:
+                await asyncio.sleep(0.02)
+            elif new := self.logs.get(name, "")[shown:]:
                 await stream.send_str(new)
                 shown += len(new)
             elif ended:
@@ -345,6 +348,15 @@ def test_a_retry_whose_answer_is_lost_is_found_again_and_not_started_twice(
     result = call(*submit, "--address", dashboard.address)
     assert (result.exit_code, result.stdout) == (0, "the end\n"), result.stderr
     assert len(dashboard.submitted) == 2
+
+
+def test_a_log_that_falls_silent_without_a_word_is_shown_whole_at_the_end(dashboard: Dashboard):
+    dashboard.add("a-1")
+    dashboard.logs["a-1"] = "begins\nends\n"
+    dashboard.silent = True
+    threading.Timer(0.3, dashboard.end, ("a-1",)).start()
+    result = call("status", "a-1", "--follow", "--address", dashboard.address)
+    assert (result.exit_code, result.stdout) == (0, "begins\nends\n")
 
 
 def test_a_head_that_has_forgotten_the_job_is_sent_it_again(dashboard: Dashboard, job_file: Path):

@@ -6,8 +6,10 @@ import zipfile
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, ExpectedError
 from cat_ray.evaluation.npz import IMAGES, LABELS, Npz, write_images
 
 SHAPE = (10, 4, 4, 3)
@@ -104,25 +106,36 @@ def test_something_else_is_no_npz(content):
         opened(content)
 
 
-def test_what_would_have_to_be_unpickled_is_refused():
-    content = saved(array=np.asarray([{}], dtype=object))
-    with pytest.raises(BadInput, match="holds no plain numbers"):
-        opened(content)
+OBJECTS = np.asarray([{}], dtype=object)
 
 
-@pytest.mark.parametrize("array", [np.asfortranarray(np.eye(3) + 1), np.asarray(3.0)])
-def test_numbers_in_another_order_and_single_ones_are_refused(array):
-    array = array[:, ::-1].copy(order="F") if array.ndim else array
-    with pytest.raises(BadInput, match="holds no plain numbers"):
-        opened(saved(array=array))
+@pytest.mark.parametrize("array", [OBJECTS, np.asarray(["cat"]), np.zeros(2, [("a", "u1")])])
+def test_what_is_no_plain_numbers_is_refused_where_it_is_asked_for(array):
+    npz = opened(saved(array=array, other=np.arange(3)))
+    for ask in (npz.known, npz.read, lambda name: list(npz.rows(name, 1))):
+        with pytest.raises(BadInput, match=r"array\.npy holds no plain numbers"):
+            ask("array")
+    np.testing.assert_array_equal(npz.read("other"), np.arange(3))
 
 
-def test_a_member_that_is_no_array_is_named():
-    target = io.BytesIO()
-    with zipfile.ZipFile(target, "w") as archive:
+@pytest.mark.parametrize("array", [np.asfortranarray(np.arange(12).reshape(3, 4)), np.asarray(3.0)])
+def test_numbers_in_fortrans_order_and_single_ones_are_read_whole_but_not_row_by_row(array):
+    npz = opened(saved(array=array))
+    np.testing.assert_array_equal(npz.read("array"), array)
+    with pytest.raises(BadInput, match="array doesn't lie row after row: save it as"):
+        list(npz.rows("array", 1))
+
+
+def test_a_member_that_is_no_array_matters_only_to_who_asks_for_it():
+    target = io.BytesIO(saved(mu=np.arange(3)))
+    with zipfile.ZipFile(target, "a") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(BadInput, match=r"readme\.txt is no array of numpy's"):
-        opened(target.getvalue())
+        archive.writestr("text.npy", "hello")
+    npz = opened(target.getvalue())
+    np.testing.assert_array_equal(npz.read("mu"), np.arange(3))
+    for name, told in (("readme.txt", r"readme\.txt"), ("text", r"text\.npy")):
+        with pytest.raises(BadInput, match=f"{told} is no array of numpy's"):
+            npz.read(name)
 
 
 def test_an_array_that_is_not_there_is_told_with_those_that_are():
@@ -137,3 +150,48 @@ def test_a_damaged_array_is_told(place):
     content[place] ^= 1
     with pytest.raises(BadInput, match=r"arr_0\.npy is damaged"):
         opened(bytes(content)).read(IMAGES)
+
+
+def read_all(content: bytes) -> None:
+    """Only our own errors may come out of a file, whatever is in it."""
+    try:
+        npz = opened(content)
+        for name in (IMAGES, LABELS):
+            if name in npz:
+                npz.known(name)
+                list(npz.rows(name, 3))
+                npz.read(name)
+    except ExpectedError as error:
+        assert "samples.npz" in str(error)
+
+
+def compressed() -> bytes:
+    target = io.BytesIO()
+    np.savez_compressed(target, arr_0=images(), arr_1=np.arange(10))
+    return target.getvalue()
+
+
+VALID = (written([10]), saved(arr_0=images(), arr_1=np.arange(10)), compressed())
+changed_bytes = st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), max_size=4)
+damaged = st.tuples(st.sampled_from(VALID), changed_bytes, st.none() | st.integers(0, 2**20))
+
+
+def check_damaged(case: tuple[bytes, list[tuple[int, int]], int | None]) -> None:
+    valid, changes, length = case
+    content = bytearray(valid)
+    for place, value in changes:
+        content[place % len(content)] = value
+    read_all(bytes(content[: None if length is None else length % len(content)]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(damaged)
+def test_whatever_is_changed_in_a_file_only_our_own_errors_come_out(case):
+    check_damaged(case)
+
+
+@pytest.mark.long
+@settings(max_examples=10_000, deadline=None)
+@given(damaged)
+def test_whatever_is_changed_in_ten_thousand_files_only_our_own_errors_come_out(case):
+    check_damaged(case)

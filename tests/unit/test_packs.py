@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cat_ray.data.packs import CLASSES, KEYS, LATENTS, TOKENS, Pack, unpack
@@ -84,6 +84,15 @@ def pickled() -> bytes:
         (KEYS, b"["),
         (KEYS, b"\xff"),
         (TOKENS, b"\x93NUMPY\x01"),
+        # Shapes that are not those of the names, and one of more bytes than there are.
+        (LATENTS, pack(2).members()[LATENTS]),
+        (CLASSES, pack(2).members()[CLASSES]),
+        (CLASSES, pack().members()[LATENTS]),
+        (KEYS, b'"abc"'),
+        (KEYS, b"[1, 2, 3]"),
+        (KEYS, b"[" * 100_000),
+        (TOKENS, pack().members()[LATENTS]),
+        (LATENTS, pack().members()[LATENTS].replace(b"(3, 8, 4, 4)", b"(9999999999)")),
     ],
 )
 def test_what_is_no_pack_is_refused_by_shard_and_name(name, content):
@@ -98,3 +107,35 @@ def test_what_is_no_pack_is_refused_by_shard_and_name(name, content):
 
 def test_keys_are_plain_text_for_any_reader():
     assert json.loads(pack().members()[KEYS]) == ["cats/0", "cats/1", "cats/2"]
+
+
+VALID = pack(tokens=True).members()
+changed_bytes = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=4)
+damaged = st.tuples(st.sampled_from(sorted(VALID)), changed_bytes)
+
+
+def check_damaged(name: str, changes: list[tuple[int, int]]) -> None:
+    content = bytearray(VALID[name])
+    for place, value in changes:
+        # Most of them in the header, the rest of an array is numbers.
+        content[place % min(len(content), 200)] = value
+    try:
+        found = unpack(RawSample("p", {**VALID, name: bytes(content)}), "0.tar")
+    except BadInput as error:
+        assert "shard 0.tar: p is no pack of latents" in str(error)
+    else:
+        assert len(found.latents) == len(found.classes) == len(found.keys) == 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(damaged)
+@example((CLASSES, [(10, 0)]))
+def test_whatever_is_changed_in_a_pack_only_our_own_errors_come_out(case):
+    check_damaged(*case)
+
+
+@pytest.mark.long
+@settings(max_examples=10_000, deadline=None)
+@given(damaged)
+def test_whatever_is_changed_in_ten_thousand_packs_only_our_own_errors_come_out(case):
+    check_damaged(*case)

@@ -65,6 +65,19 @@ def test_a_file_needs_no_images(tmp_path):
     assert read_reference(locate(str(saved(tmp_path, values))), SIDE, WIDTHS).images == 0
 
 
+def test_other_arrays_and_fortrans_order_do_not_matter(tmp_path):
+    values = arrays()
+    values["sigma"] = np.asfortranarray(values["sigma"])
+    values |= {
+        "names": np.asarray([{}], dtype=object),
+        "count": np.asarray(3),
+        "cls": np.asarray("a"),
+    }
+    found = read_reference(locate(str(saved(tmp_path, values))), SIDE, WIDTHS)
+    np.testing.assert_array_equal(found.moments["pooled"].covariance, covariance(WIDTH))
+    assert found.images == 2
+
+
 skewed = covariance(WIDTH)
 skewed[0, 1] += 1
 
@@ -81,6 +94,8 @@ skewed[0, 1] += 1
         ({"sigma": skewed}, "sigma is no covariance"),
         ({"sigma": -covariance(WIDTH)}, "sigma is no covariance"),
         ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8)}, r"\(2, 8, 8, 3\), the samples are 4 x 4"),
+        ({"arr_0": np.asfortranarray(np.zeros((2, 4, 4, 3), np.uint8))}, "image after image: save"),
+        ({"mu": np.asarray(["a"] * WIDTH)}, r"mu\.npy holds no plain numbers"),
         ({"arr_0": np.zeros((2, 4, 4, 3))}, "arr_0 is float64 .*: it is a reference for other"),
     ],
 )

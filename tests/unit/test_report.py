@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import math
 import re
+import tempfile
+import warnings
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -11,13 +14,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from cat_ray.checkpoint.layout import GENERATOR, State
+from cat_ray.evaluation import plot
+from cat_ray.evaluation.plot import to_png
 from cat_ray.operations.identity import CONFIG_NAME
 from cat_ray.operations.journal import METRICS, read_rows
 from cat_ray.operations.report import GRIDS, GRIDS_SHOWN, write_report
 from cat_ray.storage import Location, locate
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</td></table><script src=//x>",
+    "\"'><img src=x onerror=alert(1)>",
+    "</title></style></pre><b>",
+    "<!--",
+    "&lt;b&gt;",
+    "$\\frac$ $",
+    "\x1b[2J\x00\u202e\ud800",
+    "a\r\nb\tc",
+)
+# Of the page itself; what a row brings is none of them.
+TAGS = {
+    *("html", "meta", "title", "style", "h1", "h2", "p", "div", "figure", "figcaption", "img"),
+    *("table", "tr", "td", "pre"),
+}
 
 CONFIG = "run:\n  folder: runs/<script>alert('R&D')</script>\n"
 
@@ -91,15 +115,21 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.texts: list[tuple[str, str]] = []
         self.pictures: dict[str, bytes] = {}
+        self.attributes: list[str] = []
+        self.comments: list[str] = []
         self.feed(self.source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         values = {name: value or "" for name, value in attrs}
+        self.attributes += values
         self.links += [values[n] for n in ("src", "href", "srcset", "action") if n in values]
         if tag == "img":
             encoded = values["src"].removeprefix("data:image/png;base64,")
             self.pictures[values["alt"]] = base64.b64decode(encoded, validate=True)
+
+    def handle_comment(self, data: str) -> None:
+        self.comments.append(data)
 
     def handle_data(self, data: str) -> None:
         if self.tags:
@@ -220,3 +250,113 @@ def test_a_run_that_has_only_begun_has_a_page(begun):
     assert "Nothing was measured: evaluation.protocol is none." in page.text("p")
     assert page.text("pre") == [CONFIG]
     assert page.pictures == {}
+
+
+hostile = st.sampled_from(HOSTILE) | st.text(max_size=20)
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([10**400, -(10**40), 2**63])
+    | st.floats()
+    | hostile,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(hostile, inner, max_size=2),
+    max_leaves=5,
+)
+FIGURES = ("d_loss", "r1", "discrepancy_1", "images_per_second", "precision", "fid", "recall")
+keys = (
+    st.sampled_from(
+        (
+            *("kind", "session", "images", "epoch", "workers", "broken_samples", "d_loss", "fid"),
+            *(
+                "images_per_second",
+                "recall",
+                "message",
+                "metric",
+                "checkpoint",
+                "best",
+                "precision",
+            ),
+        )
+    )
+    | hostile
+    | st.tuples(st.sampled_from(FIGURES), hostile).map("".join)
+)
+MEASURED = {"kind": "measured", "session": "a", "images": 32, "metric": "fid", "fid": 3.5}
+EVENT_ROW = {"kind": "event", "session": "a", "images": 32, "message": "rolled back"}
+# With few curves, which take most of the time.
+PLAIN = {name: train_row(32)[name] for name in ("kind", "session", "images", "epoch", "workers")}
+sound_rows = st.sampled_from(
+    [
+        *(ROWS[1], ROWS[3], PLAIN, PLAIN | {"d_loss": 0.5}),
+        MEASURED | {"checkpoint": "c", "best": ["c"], "recall": 0.5},
+        EVENT_ROW,
+    ]
+)
+
+
+def altered(row: dict, changes: dict, without: set[str]) -> dict:
+    return {name: value for name, value in (row | changes).items() if name not in without}
+
+
+foreign_rows = st.builds(
+    altered,
+    sound_rows,
+    st.dictionaries(keys, values, max_size=4),
+    st.sets(st.sampled_from(["session", "images", "epoch", "workers", "best", "metric"])),
+)
+
+
+def assert_shows_any_rows(rows: list[dict], config: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="<script>'") as folder:
+        run = locate(folder)
+        (run / CONFIG_NAME).write(config.encode(errors="surrogatepass"))
+        write_rows(run, rows)
+        with warnings.catch_warnings():
+            # A font hasn't all characters.
+            warnings.simplefilter("ignore", UserWarning)
+            page = Page(run)
+    assert set(page.tags) <= TAGS
+    assert set(page.attributes) <= {"lang", "charset", "name", "content", "class", "alt", "src"}
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert page.comments == []
+    assert not {char for char in page.source if not char.isprintable()} - {"\n", "\t"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(foreign_rows, min_size=1, max_size=4), config=hostile)
+@example(rows=[train_row(32) | {"workers": HOSTILE[0], "broken_samples": HOSTILE[2]}], config="")
+@example(rows=[train_row(32) | {"images_per_second": None, "epoch": [], "session": {}}], config="")
+@example(rows=[train_row(32) | {"d_loss$\\frac$": 1, "d_loss\ud800": 2}], config="\ud800")
+@example(rows=[train_row(32) | {"images": 10**400}, train_row(1) | {"r1": -1e308}], config="")
+@example(rows=[{"kind": ["train"]}, {"kind": "train"}, {}], config="")
+def test_whatever_rows_hold_is_shown_as_text_and_breaks_nothing(rows: list[dict], config: str):
+    assert_shows_any_rows(rows, config)
+
+
+@pytest.mark.long
+@settings(
+    max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(rows=st.lists(foreign_rows, min_size=1, max_size=4), config=hostile)
+def test_whatever_rows_hold_is_text_ten_thousand_times(
+    rows: list[dict], config: str, monkeypatch: pytest.MonkeyPatch
+):
+    # Drawn at an eighth of the size, which is most of the time.
+    monkeypatch.setattr(plot, "to_png", lambda figure, dots: to_png(figure, dots // 8))
+    assert_shows_any_rows(rows, config)
+
+
+@pytest.mark.parametrize("name", ["workers", "broken_samples", "epoch", "images_per_second"])
+@pytest.mark.parametrize("text", HOSTILE[:4])
+def test_what_the_summary_says_is_text_too(begun: Location, name: str, text: str):
+    write_rows(begun, [PLAIN | {name: text}])
+    page = Page(begun)
+    (summary,) = [told for told in page.text("p") if "workers" in told]
+    assert text in summary
+    assert set(page.tags) <= TAGS
+
+
+def test_a_figure_that_is_not_finite_at_the_end_keeps_its_curve(begun: Location):
+    write_rows(begun, [train_row(32), train_row(64) | {"r1": math.nan, "d_loss": math.inf}])
+    assert {"Penalty", "Losses"} <= Page(begun).pictures.keys()
