@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from cat_ray.checkpoint.layout import FOLDER, read_whole
 from cat_ray.checkpoint.retain import images_of, lease, write_best
 from cat_ray.config import Config
-from cat_ray.errors import BadInput, ExpectedError
+from cat_ray.errors import BadInput, ExpectedError, RunFailed
 from cat_ray.evaluation.fid import fid
 from cat_ray.evaluation.fid_plan import planned_reals
 from cat_ray.evaluation.measurement import (
@@ -30,6 +30,7 @@ from cat_ray.evaluation.result import FRECHET, Result, differences, read_result
 from cat_ray.evaluation.sample_plan import LEASE_SECONDS
 from cat_ray.evaluation.workers import begin_work
 from cat_ray.operations.journal import MEASURED, Journal
+from cat_ray.ray_errors import TASK_ADVICE, described
 from cat_ray.storage import Location
 from cat_ray.training.elasticity import told_to_user
 from cat_ray.training.requests import stop_is_asked
@@ -171,7 +172,8 @@ class Measuring:
             try:
                 result = ray.get(task)
             except RayError as error:
-                raise BadInput(f"{checkpoint.uri}: {told_to_user(error) or error}") from error
+                told = told_to_user(error) or described(error, TASK_ADVICE)
+                raise RunFailed(f"{checkpoint.uri}: {told}") from error
             best = self._best(result)
             write_best(self._run, best)
         self._write(checkpoint, result, best)

@@ -28,11 +28,12 @@ from cat_ray.data.stream import (
     reading_of,
     stream_of,
 )
-from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished, last_line
+from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
 from cat_ray.operations.identity import claim
 from cat_ray.operations.outcome import outcome_written, stopped_with
 from cat_ray.operations.progress import Progress
 from cat_ray.operations.prometheus import Exported
+from cat_ray.ray_errors import TRAINING_ADVICE, described
 from cat_ray.schedule import check_has_no_schedule
 from cat_ray.storage import Location
 from cat_ray.training import elasticity
@@ -48,6 +49,7 @@ from cat_ray.training.faults import Fault
 from cat_ray.training.health import read_roll_backs
 from cat_ray.training.process import worker_environment
 from cat_ray.training.requests import ask_to_stop, forget_stop
+from cat_ray.training.watchdog import has_stalled_lately
 from cat_ray.training.worker import work
 
 RAY_FOLDER = "ray"
@@ -220,7 +222,8 @@ def _fit(
             ) from error
         if told is not None:
             raise told from error
-        raise RunFailed(f"training failed: {last_line(error)}") from error
+        told = described(error, TRAINING_ADVICE, has_stalled_lately(run))
+        raise RunFailed(f"training failed: {told}") from error
 
 
 def _kept(config: Config) -> contextlib.AbstractContextManager[None]:
