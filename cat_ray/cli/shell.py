@@ -11,7 +11,8 @@ from typing import Annotated, NoReturn
 import typer
 import yaml
 
-from cat_ray.errors import BadInput, ExpectedError, last_line, printable
+from cat_ray.errors import BadInput, ExpectedError, printable
+from cat_ray.ray_errors import TASK_ADVICE, Kind, cause_of, described, inner_errors
 from cat_ray.storage import Location
 from cat_ray.storage_errors import no_space_left
 from cat_ray.uris import redacted
@@ -89,7 +90,9 @@ def speaking_plainly() -> Iterator[None]:
     except typer.Exit:
         raise
     except ExpectedError as error:
-        _end(error, str(error), error.exit_code)
+        # One that was raised in a task of Ray's has Ray's words around it.
+        told = next(inner for inner in inner_errors(error) if isinstance(inner, ExpectedError))
+        _end(error, str(told), told.exit_code)
     except KeyboardInterrupt as error:
         _end(error, "interrupted", INTERRUPTED)
     except OSError as error:
@@ -102,7 +105,9 @@ def speaking_plainly() -> Iterator[None]:
 
 
 def _end_unexpected(error: Exception) -> NoReturn:
-    told = f"unexpected {type(error).__name__}: {last_line(error)}"
+    if cause_of(error).kind != Kind.OTHER:
+        _end(error, described(error, TASK_ADVICE), ExpectedError.exit_code)
+    told = f"unexpected {cause_of(error).text}"
     advice = "run it again as `cat-ray --debug ...` for the traceback, and report it"
     _end(error, f"{told} ({advice})", ExpectedError.exit_code)
 

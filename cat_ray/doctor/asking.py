@@ -8,6 +8,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cat_ray.errors import last_line
+from cat_ray.ray_errors import Kind, cause_of
 
 # A process of Ray's that imports torch takes its time on a busy machine, and a store that is down
 # longer.
@@ -41,5 +42,7 @@ def gather(
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says in the end, cut to what a table can show."""
-    return last_line(error)[:REASON_CHARACTERS]
+    """What caused an error, cut to what a table can show."""
+    cause = cause_of(error)
+    told = last_line(error) if cause.kind == Kind.OTHER else cause.text
+    return told[:REASON_CHARACTERS]

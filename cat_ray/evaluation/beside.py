@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from cat_ray.checkpoint.layout import checkpoint_folders, images_of, read_whole
 from cat_ray.checkpoint.retain import lease, write_best
 from cat_ray.config import Config
-from cat_ray.errors import BadInput, StorageDown, StorageFull
+from cat_ray.errors import BadInput, RunFailed, StorageDown, StorageFull
 from cat_ray.evaluation.fid import fid
 from cat_ray.evaluation.fid_plan import planned_reals
 from cat_ray.evaluation.measurement import (
@@ -32,6 +32,7 @@ from cat_ray.evaluation.sample_plan import LEASE_SECONDS
 from cat_ray.evaluation.workers import begin_work
 from cat_ray.operations.journal import MEASURED, Journal
 from cat_ray.operations.telling import Tell, Telling, at_once
+from cat_ray.ray_errors import TASK_ADVICE, described
 from cat_ray.storage import Location
 from cat_ray.training.elasticity import told_to_user
 from cat_ray.training.requests import stop_is_asked
@@ -167,7 +168,7 @@ class Measuring:
                 logger.warning("not measured yet: %s", error)
                 if ended:
                     return
-            except BadInput as error:
+            except (BadInput, RunFailed) as error:
                 # The training goes on, and says itself what is wrong with its storage.
                 logger.warning("not measured: %s", error)
                 if checkpoint is not None:
@@ -198,7 +199,8 @@ class Measuring:
                 told = told_to_user(error)
                 if isinstance(told, (StorageDown, StorageFull)):
                     raise told from error
-                raise BadInput(f"{checkpoint.uri}: {told or error}") from error
+                told = told or described(error, TASK_ADVICE)
+                raise RunFailed(f"{checkpoint.uri}: {told}") from error
             best = self._best(result)
             write_best(self._run, best)
         self._write(checkpoint, result, best)

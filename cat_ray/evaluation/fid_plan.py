@@ -14,7 +14,13 @@ from cat_ray.evaluation.features import Featuriser
 from cat_ray.evaluation.image_sources import FromNpz, FromShards, ImageSource
 from cat_ray.evaluation.measurement import Measurement
 from cat_ray.evaluation.precision_recall import NEIGHBOURS
-from cat_ray.evaluation.ranges import KEPT_RANGES, RANGE_IMAGES, RangeStore, digest_of
+from cat_ray.evaluation.ranges import (
+    KEPT_RANGES,
+    RANGE_IMAGES,
+    RangeStore,
+    digest_of,
+    folder_of_ranges,
+)
 from cat_ray.evaluation.reference import Reference, read_reference
 from cat_ray.evaluation.result import metric_name
 from cat_ray.evaluation.sample_plan import (
@@ -25,6 +31,8 @@ from cat_ray.evaluation.sample_plan import (
     pixels_of,
 )
 from cat_ray.storage import Location
+
+FEATURES = "features"
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,9 @@ def planned_reals(job: Measurement, config: Config) -> Reals:
     if (place / INDEX_NAME).exists():
         source = _real_images(job, config, place, side, channels)
         store = _store(job, source, source.index.images)
-        return Reals("shards", store.folder.name, store, store)
+        # Whoever measures them, they are the same images by the same network.
+        digest = digest_of(source.identity(), store.featuriser, store.count)
+        return Reals("shards", f"{FEATURES}-{digest}", store, store)
     found = read_reference(place, side, widths)
     neighbours = None
     if found.images:
@@ -133,8 +143,8 @@ def _real_images(
 
 def _store(job: Measurement, source: ImageSource, count: int) -> RangeStore:
     featuriser = featuriser_of(job)
-    name = f"features-{digest_of(source.identity(), featuriser, count)}"
-    return RangeStore(folder_of(job) / name, source, featuriser, count)
+    folder = folder_of_ranges(folder_of(job), FEATURES, source, featuriser, count, job.workers)
+    return RangeStore(folder, source, featuriser, count)
 
 
 def featuriser_of(job: Measurement) -> Featuriser:

@@ -6,6 +6,7 @@ job that was interrupted, or goes on with more or fewer processes, ends with the
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -34,6 +35,9 @@ RANGE_IMAGES = 1000
 STATISTICS, KEPT_RANGES = "statistics.safetensors", 10
 PIXELS_SHA256, FIGURE = "pixels_sha256", "figure."
 STAGES = ("images", "features", "write")
+ONE_THREAD = Workers()
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -208,8 +212,56 @@ def _rows(store: RangeStore, workers: Workers, due: list[range]) -> Iterator[dic
     return rows_of(dataset)
 
 
-def digest_of(identity: dict[str, Any], featuriser: Featuriser | None, count: int) -> str:
-    """A name for the features of so many images: other images or features have another one."""
+def digest_of(
+    identity: dict[str, Any],
+    featuriser: Featuriser | None,
+    count: int,
+    workers: Workers = ONE_THREAD,
+) -> str:
+    """A name for the features of so many images: other images or features have another one.
+
+    So have the same ones from another kind of device or another number of threads, which round
+    otherwise; but not from another number of workers.
+    """
     features = asdict(featuriser) | {"weights": None} if featuriser else None
-    whole = [identity, features, count]
+    whole: list[Any] = [identity, features, count]
+    # One thread of a CPU has the name that all had before they were told apart.
+    if _rounding(workers) != _rounding(ONE_THREAD):
+        whole.append(_rounding(workers))
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _rounding(workers: Workers) -> dict[str, Any]:
+    return {"gpu": workers.gpu, "threads": workers.cpus_per_worker}
+
+
+def folder_of_ranges(
+    parent: Location,
+    form: str,
+    source: ImageSource,
+    featuriser: Featuriser | None,
+    count: int,
+    workers: Workers,
+) -> Location:
+    """Where ranges lie, by all that their content follows from.
+
+    Args:
+        parent: the folder that it lies in.
+        form: what its name begins with.
+        source: of the images.
+        featuriser: what they are measured by, if they are.
+        count: images.
+        workers: who makes them.
+    """
+    made, plain = (
+        parent / f"{form}-{digest_of(source.identity(), featuriser, count, each)}"
+        for each in (workers, ONE_THREAD)
+    )
+    if made.path != plain.path and plain.sizes() and not made.sizes():
+        logger.warning(
+            "%s was made on one thread of a CPU, or by an earlier version that doesn't tell on "
+            "what: its ranges are made anew in %s",
+            plain.uri,
+            made.uri,
+        )
+    return made

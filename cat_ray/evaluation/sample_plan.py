@@ -15,10 +15,11 @@ from cat_ray.errors import BadInput
 from cat_ray.evaluation.copies import Copies
 from cat_ray.evaluation.image_sources import Generated
 from cat_ray.evaluation.measurement import Sampling
-from cat_ray.evaluation.ranges import RangeStore, digest_of
+from cat_ray.evaluation.ranges import RangeStore, folder_of_ranges
 from cat_ray.storage import Location
 
 SHEET_IMAGES = 100
+RANGES = "ranges"
 # Samples of a large model, or a measurement, may take a day.
 LEASE_SECONDS = 24 * 3600
 
@@ -96,17 +97,16 @@ def planned_samples(job: Sampling, checkpoint: Location) -> SamplePlan:
         raise BadInput("output keeps no samples: set output.png, output.shards or output.npz")
     config = read_config(checkpoint)
     source = generated(job, config, checkpoint)
-    digest = digest_of(source.identity(), None, job.samples.count)
-    folder = folder_of(job)
+    folder, count = folder_of(job), job.samples.count
+    ranges = folder_of_ranges(folder, RANGES, source, None, count, job.workers)
+    digest = ranges.name.removeprefix(f"{RANGES}-")
     stem = f"samples-{checkpoint.name}-{digest[:8]}"
     return SamplePlan(
         job=job,
         checkpoint=checkpoint,
         config=config,
         side=pixels_of(config, job)[0],
-        samples=RangeStore(
-            folder / f"ranges-{digest}", source, None, job.samples.count, copies_of(job, stem)
-        ),
+        samples=RangeStore(ranges, source, None, count, copies_of(job, stem)),
         folder=folder,
         stem=stem,
     )

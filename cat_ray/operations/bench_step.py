@@ -30,6 +30,7 @@ from cat_ray.operations.step_times import (
     steps_on_random_data,
 )
 from cat_ray.operations.work import work_of
+from cat_ray.ray_errors import TRAINING_ADVICE, described
 from cat_ray.training.agreement import Agreement
 from cat_ray.training.elasticity import JOB_ENVIRONMENT
 from cat_ray.training.engines import choose_device
@@ -80,7 +81,8 @@ def bench_step(
         for _ in range(repetitions):
             for name, measure in ways.items():
                 found[name].append(measure())
-    operations = 2 * work_of(config).total * config.optimisation.batch_size
+    # Of those that make the fakes once, if any do: more is no gain.
+    operations = 2 * work_of(config, max(workers)).total * config.optimisation.batch_size
     return Steps(found, tuple(workers), config.optimisation.batch_size, operations)
 
 
@@ -130,7 +132,8 @@ def _ours(config: Config, steps: int, count: int) -> StepTimes:
     try:
         measured: Any = trainer.fit().return_value
     except TrainingFailedError as error:
-        raise RunFailed(f"cat-ray's own step failed: {last_line(error)}") from error
+        told = described(error, TRAINING_ADVICE)
+        raise RunFailed(f"cat-ray's own step failed: {told}") from error
     finally:
         folder.delete_folder()
     return StepTimes(**measured)

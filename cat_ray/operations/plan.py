@@ -172,7 +172,7 @@ def make_plan(config: Config, assumptions: Assumptions) -> Plan:
     if gpu is not None:
         lanes = optimisation.lanes
         busiest = math.ceil(lanes / workers)
-        one = images_per_gpu_second(config, gpu.peak_teraflops, assumptions.utilisation)
+        one = images_per_gpu_second(config, gpu.peak_teraflops, assumptions.utilisation, workers)
         rate = one * lanes / busiest
         hours = config.run.total_images / rate / 3600
     prices = {
@@ -195,7 +195,7 @@ def make_plan(config: Config, assumptions: Assumptions) -> Plan:
         averages=4 * networks.generator.parameters * len(optimisation.ema_decays),
         job=job,
         settings=settings,
-        work=work_of(config),
+        work=work_of(config, workers),
         images_per_second=rate,
         hours=hours,
         data=data_need(config, rate),

@@ -73,7 +73,7 @@ def terms_of(
         gpus_per_node=assumed.workers_per_machine,
         minimum_nodes=min(nodes, math.ceil(config.workers.minimum / assumed.workers_per_machine)),
         images_per_gpu_second=images_per_gpu_second(
-            config, assumed.gpu.peak_teraflops, assumed.utilisation
+            config, assumed.gpu.peak_teraflops, assumed.utilisation, workers
         ),
         stall_seconds=times.stall if measured.stall_seconds is None else measured.stall_seconds,
         stored_seconds=times.stored * nodes if measured.stored_seconds is None else 0.0,

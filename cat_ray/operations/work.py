@@ -132,11 +132,17 @@ def teacher_macs(width: int) -> float:
     return blocks + TEACHER_PATCHES * TEACHER_PATCH_VALUES * width
 
 
-def work_of(config: Config) -> Work:
-    """The operations of one step for each image, as `cat_ray/training/steps.py` takes it."""
+def work_of(config: Config, workers: int | None = None) -> Work:
+    """The operations of one step for each image, as `cat_ray/training/steps.py` takes it.
+
+    Args:
+        config: the job.
+        workers: that share the batch; `workers.maximum` if None. Where a worker's lanes don't go
+            through the networks at once, the generator makes the fakes twice.
+    """
     optimisation, alignment = config.optimisation, config.objective.alignment
     g, d = generator_pass(config), discriminator_pass(config)
-    reuse = optimisation.reuse_generator_forward and optimisation.micro_batch_lanes is None
+    reuse = optimisation.reuses_forward(workers or config.workers.maximum)
     generator_forwards = 1 if reuse else 2
     penalised = 2 * config.penalised_per_lane() / optimisation.lane_size
     # Real and fake, and both again with noise in the discriminator's step; in the generator's the
@@ -162,9 +168,12 @@ def _encoder_macs(side: int) -> float:
     return (ENCODER_MACS - ENCODER_ATTENTION_MACS) * area + ENCODER_ATTENTION_MACS * area**2
 
 
-def images_per_gpu_second(config: Config, peak_teraflops: float, utilisation: float) -> float:
-    """How many images a GPU trains on, at a share of its peak (0 to 1), recomputing included."""
-    return peak_teraflops * 1e12 * utilisation / (2 * work_of(config).total)
+def images_per_gpu_second(
+    config: Config, peak_teraflops: float, utilisation: float, workers: int
+) -> float:
+    """How many images a GPU, one of so many workers, trains on, at a share of its peak (0 to 1),
+    recomputing included."""
+    return peak_teraflops * 1e12 * utilisation / (2 * work_of(config, workers).total)
 
 
 def _linear(size: Size, tokens: int) -> float:

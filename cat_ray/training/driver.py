@@ -28,12 +28,13 @@ from cat_ray.data.stream import (
     reading_of,
     stream_of,
 )
-from cat_ray.errors import BadInput, ExpectedError, GaveWay, RunFailed, Unfinished, last_line
+from cat_ray.errors import BadInput, ExpectedError, GaveWay, RunFailed, Unfinished
 from cat_ray.folder_lock import locked
 from cat_ray.operations.identity import check_claim, claim
 from cat_ray.operations.outcome import outcome_written, stopped_with
 from cat_ray.operations.progress import Progress
 from cat_ray.operations.prometheus import Exported
+from cat_ray.ray_errors import TRAINING_ADVICE, described
 from cat_ray.schedule import check_has_no_schedule
 from cat_ray.stop_signals import stoppable
 from cat_ray.storage import Location
@@ -50,6 +51,7 @@ from cat_ray.training.faults import Fault
 from cat_ray.training.health import read_roll_backs
 from cat_ray.training.process import worker_environment
 from cat_ray.training.requests import ask_to_stop, forget_stop
+from cat_ray.training.watchdog import has_stalled_lately
 from cat_ray.training.worker import work
 
 RAY_FOLDER = "ray"
@@ -200,7 +202,8 @@ def _fit(
                 ) from error
             if told is not None:
                 raise told from error
-            raise RunFailed(f"training failed: {last_line(error)}") from error
+            told = described(error, TRAINING_ADVICE, has_stalled_lately(run))
+            raise RunFailed(f"training failed: {told}") from error
 
 
 def _trainer(

@@ -26,10 +26,11 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ResizeDecision,
     ScalingDecision,
 )
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from cat_ray.data.stream import CPUS_PER_READ, elsewhere
-from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
+from cat_ray.errors import ExpectedError, GaveWay, Unfinished
+from cat_ray.ray_errors import inner_errors
 from cat_ray.stop_signals import heed_again
 from cat_ray.training.preemption import Notice
 from cat_ray.training.requests import NOTICES, ask_to_resize
@@ -60,26 +61,15 @@ def environment(start_seconds: float, stall_seconds: float) -> dict[str, str]:
 
 
 def told_to_user(error: BaseException) -> BaseException | None:
-    """What a failure says to the user somewhere inside, if it does: bad input or giving way."""
-    waiting: list[BaseException | None] = [error]
-    if isinstance(error, WorkerGroupError):
-        waiting.extend(error.worker_failures.values())
-    elif isinstance(error, ControllerError):
-        waiting.append(error.controller_failure)
+    """What a failure tells the user somewhere inside, if it does: a foreseen end, or that it gave
+    way."""
     gave_way: GaveWay | None = None
-    while waiting:
-        inner = waiting.pop()
-        # Ray keeps the exception of a task in an attribute; around it is text for developers.
-        task_error = getattr(inner, "cause", None)
-        if inner is not None and isinstance(task_error, BaseException):
-            waiting.extend((inner.__cause__, task_error))
-        elif isinstance(inner, (BadInput, RunFailed, Unfinished)):
+    for inner in inner_errors(error):
+        if isinstance(inner, ExpectedError):
             inner.args = (str(inner).split(RAY_DATA_ADVICE)[0],)
             return inner
-        elif isinstance(inner, GaveWay):
+        if isinstance(inner, GaveWay):
             gave_way = inner
-        elif inner is not None:
-            waiting.append(inner.__cause__)
     return gave_way
 
 
@@ -246,7 +236,8 @@ class Budgets(DefaultFailurePolicy):
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Goes on after giving way; failures count only until the next checkpoint."""
         told = told_to_user(training_failed_error)
-        if isinstance(told, (BadInput, RunFailed, Unfinished)):
+        if isinstance(told, ExpectedError):
+            # Storage that is down was waited for, before it was told.
             return FailureDecision.RAISE
         if isinstance(training_failed_error, WorkerGroupError):
             failures = training_failed_error.worker_failures.values()

@@ -19,6 +19,8 @@ from cat_ray.storage import Location
 EXIT_STALLED = 75
 STACKS = "stacks"
 REPORT_SECONDS = 60.0
+# From the end of a stalled worker until its run ends for it.
+LATELY_SECONDS = 120.0
 LOOKS = 10
 
 
@@ -110,6 +112,12 @@ def stacks() -> str:
         f"thread {names.get(identity, 'without a name')}:\n{''.join(traceback.format_stack(frame))}"
         for identity, frame in sys._current_frames().items()
     )
+
+
+def has_stalled_lately(run: Location) -> bool:
+    """Whether a worker of the run has ended itself just now because its step stalled."""
+    left = [name.split("-")[0] for name in (run / STACKS).sizes()]
+    return any(at.isdecimal() and time.time() - int(at) < LATELY_SECONDS for at in left)
 
 
 def end_process(run: Location, rank: int) -> Callable[[str], None]:

@@ -38,7 +38,15 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from cat_ray.data.stream import CPUS_PER_READ, NODE_ID
-from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
+from cat_ray.errors import (
+    BadInput,
+    Damaged,
+    GaveWay,
+    RunFailed,
+    StorageDown,
+    StorageFull,
+    Unfinished,
+)
 from cat_ray.training import elasticity
 from cat_ray.training.elasticity import (
     HEAD,
@@ -62,6 +70,9 @@ TOLD = (
     GaveWay("resize", "the number of nodes changed"),
     RunFailed("rolled back 4 times"),
     Unfinished("too few nodes"),
+    StorageDown("s3://b/k doesn't answer"),
+    StorageFull("no space left for s3://b/k"),
+    Damaged("a.tar is cut off"),
 )
 
 

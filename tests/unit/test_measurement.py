@@ -14,10 +14,16 @@ from cat_ray.evaluation.features import Featuriser
 from cat_ray.evaluation.image_sources import FromShards
 from cat_ray.evaluation.inception_score import SPLIT_IMAGES
 from cat_ray.evaluation.measurement import Measurement, Workers
-from cat_ray.evaluation.ranges import RANGE_IMAGES, STATISTICS, RangeStore, digest_of
+from cat_ray.evaluation.ranges import (
+    RANGE_IMAGES,
+    STATISTICS,
+    RangeStore,
+    digest_of,
+    folder_of_ranges,
+)
 from cat_ray.evaluation.result import Result, differences, metric_name, read_result
 from cat_ray.evaluation.workers import begin_work
-from cat_ray.storage import locate
+from cat_ray.storage import Location, locate
 
 JOB = """
 samples: {checkpoint: runs/a}
@@ -121,6 +127,13 @@ class Nothing(FromShards):
         pass
 
 
+class Known(Nothing):
+    """One that is known by something."""
+
+    def identity(self):
+        return {"seed": 0}
+
+
 @pytest.mark.parametrize("count", [1, 999, 1000, 1001, 50_000])
 def test_ranges_cover_all_images_once_and_splits_are_whole_ranges(tmp_path, count):
     store = RangeStore(locate(str(tmp_path)), Nothing(), PIXELS, count)
@@ -171,6 +184,46 @@ def test_the_name_of_a_store_follows_from_all_but_where_the_weights_lie():
         digest_of({"seed": 0}, inception, 11),
     ]
     assert len({name, *others}) == 5
+
+
+MACHINES = [
+    Workers(count=3, gpu=gpu, cpus_per_worker=threads, spare=threads == 2)
+    for gpu in (False, True)
+    for threads in (1, 2, 8)
+]
+
+
+def test_what_rounds_otherwise_has_another_name_and_more_workers_have_the_same():
+    names = {digest_of({"seed": 0}, PIXELS, 10, workers) for workers in MACHINES}
+    assert len(names) == len(MACHINES)
+    for workers in MACHINES:
+        for change in ({"count": 64}, {"spare": not workers.spare}):
+            other = workers.model_copy(update=change)
+            assert digest_of({"seed": 0}, PIXELS, 10, other) == digest_of(
+                {"seed": 0}, PIXELS, 10, workers
+            )
+
+
+def test_ranges_of_a_cpu_begun_before_devices_were_told_apart_are_still_known():
+    # As e108eef named them.
+    assert digest_of({"seed": 0}, PIXELS, 10, Workers(count=4)) == "60691ecb20f75a0e"
+
+
+def test_ranges_that_may_be_of_another_device_are_made_anew_and_that_is_told(tmp_path, caplog):
+    parent = locate(str(tmp_path))
+
+    def folder(workers: Workers) -> Location:
+        return folder_of_ranges(parent, "features", Known(), PIXELS, 10, workers)
+
+    assert folder(MACHINES[0]) != folder(MACHINES[-1]) and not caplog.text
+    (folder(MACHINES[0]) / "images.safetensors").write(b"x")
+    assert folder(MACHINES[0]).sizes() and not caplog.text
+    made = folder(MACHINES[-1])
+    assert f"{folder(MACHINES[0]).uri} was made on one thread of a CPU, or by an" in caplog.text
+    assert f"made anew in {made.uri}" in caplog.text and not made.sizes()
+    caplog.clear()
+    (made / "images.safetensors").write(b"x")
+    assert folder(MACHINES[-1]) == made and not caplog.text
 
 
 @pytest.mark.parametrize(("spare", "policy"), [(True, os.SCHED_IDLE), (False, os.SCHED_OTHER)])

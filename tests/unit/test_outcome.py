@@ -16,7 +16,14 @@ from cat_ray.checkpoint.layout import GENERATOR, State
 from cat_ray.cli import app
 from cat_ray.config import dump, parse
 from cat_ray.data.index import Index
-from cat_ray.errors import BadInput, GaveWay, RunFailed, Unfinished
+from cat_ray.errors import (
+    BadInput,
+    GaveWay,
+    RunFailed,
+    StorageDown,
+    StorageFull,
+    Unfinished,
+)
 from cat_ray.operations.outcome import EXIT_CODES, OUTCOME, End, write_outcome
 from cat_ray.storage import Location, locate
 from cat_ray.training import driver
@@ -175,8 +182,14 @@ def in_group(*errors: Exception) -> WorkerGroupError:
         (ControllerError(Unfinished("too few nodes")), Unfinished, "too few nodes"),
         (in_group(RuntimeError("peer"), BadInput("no such shard")), BadInput, "no such shard"),
         (ControllerError(RunFailed("rolled back")), RunFailed, "rolled back"),
-        (in_group(RuntimeError("peer")), RunFailed, "training failed: told by Ray"),
-        (ControllerError(RuntimeError("no such actor")), RunFailed, "failed: no such actor"),
+        (in_group(StorageDown("s3://b/k: no answer")), StorageDown, "s3://b/k: no answer"),
+        (ControllerError(StorageFull("no space left")), StorageFull, "no space left"),
+        (in_group(RuntimeError("peer")), RunFailed, "training failed: RuntimeError: peer"),
+        (
+            ControllerError(RuntimeError("no such actor")),
+            RunFailed,
+            "failed: RuntimeError: no such actor",
+        ),
     ],
 )
 def test_an_end_of_ray_train_is_one_of_ours_in_one_line(

@@ -39,6 +39,7 @@ from cat_ray.operations.work import (
     teacher_macs,
     work_of,
 )
+from cat_ray.training.lanes import micro_batches
 
 CAT_H2 = """
 run: {folder: runs/h2, total_images: 76869632}
@@ -149,6 +150,32 @@ def test_the_penalty_s_share_and_checkpointing_change_the_operations():
     assert work_of(small("optimisation.activation_checkpointing=true")).recompute > 0
     again = work_of(small("optimisation.reuse_generator_forward=false"))
     assert again.generator == pytest.approx(plain.generator * 4 / 3)
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("most", [None, 2, 3, 4, 7])
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_a_forward_of_the_generator_is_counted_as_often_as_the_step_makes_it(reuse, most, workers):
+    setting = "null" if most is None else most
+    config = small(
+        f"optimisation.micro_batch_lanes={setting}",
+        f"optimisation.reuse_generator_forward={reuse}",
+        f"workers.maximum={workers}",
+    )
+    lanes, g = config.optimisation.lanes, generator_pass(config)
+    # As `training_step` asks.
+    parts = max(len(micro_batches(lanes, workers, rank, most)) for rank in range(workers))
+    forwards = 1 if reuse and parts == 1 else 2
+    assert work_of(config, workers).generator == pytest.approx(forwards * g.forward + g.backward)
+    assert work_of(config) == work_of(config, workers)
+
+
+def test_a_plan_counts_for_the_workers_that_it_is_for():
+    config = small("optimisation.micro_batch_lanes=2", "workers.maximum=4")
+    one, four = (planned(config, "H100", workers) for workers in (1, 4))
+    assert one.work.generator > four.work.generator
+    assert one.images_per_second is not None and four.images_per_second is not None
+    assert four.images_per_second > 4 * one.images_per_second
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
