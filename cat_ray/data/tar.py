@@ -19,6 +19,7 @@ from cat_ray.data.tar_header import (
 from cat_ray.errors import BadInput, Damaged
 from cat_ray.storage import Location
 
+NOTHING = Told()
 ZEROS = bytes(BLOCK_BYTES)
 SCAN_BYTES = 2**23
 # Where most writers put a mark into their headers.
@@ -133,7 +134,7 @@ def _walk(
 
     With `alone` no other tar may lie behind it: its files would be lost without a word.
     """
-    at, told = 0, Told()
+    at, told = 0, NOTHING
     try:
         while at < length:
             header = read(at, min(at + BLOCK_BYTES, length))
@@ -161,7 +162,7 @@ def _walk(
                     )
                 if kind in PLAIN and not folder:
                     yield Member(own_name, at if told.at is None else told.at, start, size)
-                told = Told()
+                told = NOTHING
             at = end
         if whole or told.at is not None:
             raise BadHeader("it breaks off")
@@ -202,10 +203,11 @@ def sample_name(name: str) -> tuple[str, str] | None:
     That is, as for the webdataset library, what has no ending or begins with a dot (LICENSE,
     macOS's `._0000.jpg` and `.DS_Store`), and what tells of the whole shard.
     """
-    key, ending = split_name(name)
-    folder, _, stem = key.rpartition("/")
-    own = ending and stem and stem != ABOUT_THE_SHARD and MAC_FOLDER not in folder.split("/")
-    return (key, ending) if own else None
+    folder, _, base = name.rpartition("/")
+    stem, _, ending = base.partition(".")
+    if not stem or not ending or stem == ABOUT_THE_SHARD or MAC_FOLDER in folder.split("/"):
+        return None
+    return split_name(name)
 
 
 def samples(
