@@ -158,7 +158,7 @@ def _walk(
                 if end > length:
                     raise BadHeader(
                         f'it breaks off: member "{own_name}" is truncated at byte {length:,} '
-                        f"(declared {start + size:,})"
+                        f"(declared {end:,})"
                     )
                 if kind in PLAIN and not folder:
                     yield Member(own_name, at if told.at is None else told.at, start, size)
