@@ -16,7 +16,7 @@ from cat_ray.data.tar_header import (
     name_in,
     size_in,
 )
-from cat_ray.errors import BadInput, Damaged
+from cat_ray.errors import Damaged
 from cat_ray.storage import Location
 
 NOTHING = Told()
@@ -278,19 +278,16 @@ def _samples_of(
         yield RawSample(key, held, begin, end, tuple(repeated))
 
 
-def sample_extents(place: Location, unique: bool = False) -> list[int]:
+def sample_extents(place: Location) -> list[int]:
     """Where each sample of a shard begins, and where the last ends, in bytes: `[samples + 1]`.
 
     Raises:
-        BadInput: it is not a whole tar file, or two samples side by side have one name, and they
-            are to be `unique`.
+        Damaged: it is not a whole tar file.
         StorageDown: the storage doesn't answer.
     """
     extents, end = [], 0
     found = scan(place, 0, place.size() or 0)
     for sample in _samples_of(found, lambda begin, end: b"", sample_name):
-        if unique and sample.repeated:
-            raise BadInput(f"shard {place.name}: {told_of_repeated(sample)}")
         extents.append(sample.begin)
         end = sample.end
     return [*extents, end]
