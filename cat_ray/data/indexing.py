@@ -1,6 +1,5 @@
 """`cat-ray index`: looks at shards that others made, and writes the index that they lack."""
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,13 +11,17 @@ from cat_ray.data.index import INDEX_NAME, MAX_CLASSES, Index, Shard, dense, wri
 from cat_ray.data.look import Look, look_at
 from cat_ray.data.sources import TAR
 from cat_ray.data.tasks import run_tasks
+from cat_ray.data.writable import check_writable
 from cat_ray.errors import BadInput
 from cat_ray.operations.counting import Counting
 from cat_ray.storage import Location
 
 # Of Stable Diffusion's first VAEs, which is what latents come from that say nothing else.
 SD_SCALING_FACTOR = 0.18215
-TRIED_NAME = f"{INDEX_NAME}.tried"
+ADVICE = (
+    f"{INDEX_NAME} must lie beside the shards, so copy them, or have somebody index them who may "
+    "write there"
+)
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,14 @@ def index_shards(
         BadInput: there are no shards, they don't go together, or no index can be written there.
         StorageDown: the storage doesn't answer.
     """
-    found = folder.sizes()
+    found = _sizes(folder)
     names = names or sorted(name for name in found if name.endswith(TAR) and name[0] != ".")
     if not names:
         raise BadInput(f"{folder.uri} holds no files that end in {TAR}")
     if missing := [name for name in names if name not in found]:
         others = f", nor {len(missing) - 1} others" if missing[1:] else ""
         raise BadInput(f"{folder.uri} has no {missing[0]}{others}")
-    _check_can_write(folder)
+    check_writable(folder, ADVICE)
     rows = [{"name": name, "bytes": found[name]} for name in names]
     settings = {"folder": folder, "verify": verify}
     looks: dict[str, Look] = {}
@@ -84,23 +87,17 @@ def index_shards(
     return Indexed(write_index(folder, index, extents), problems, left_out)
 
 
-def _check_can_write(folder: Location) -> None:
-    """Finds a read-only folder before all of it is read.
+def _sizes(folder: Location) -> dict[str, int]:
+    """Name and bytes of each file in the folder.
 
     Raises:
-        BadInput: nothing can be written there.
+        BadInput: a name is no text.
     """
-    tried = folder / TRIED_NAME
     try:
-        tried.write(b"")
-    except BadInput as error:
-        raise BadInput(
-            f"{folder.uri} can't be written to, and {INDEX_NAME} must lie beside the shards: copy "
-            f"them, or have somebody run this who may write there ({error})"
-        ) from error
-    # Who may write a file needn't be allowed to delete one.
-    with contextlib.suppress(BadInput):
-        tried.delete()
+        return folder.sizes()
+    except UnicodeDecodeError as error:
+        told = f"{folder.uri} holds a file whose name is not UTF-8, {error.object!r}"
+        raise BadInput(f"{told}: rename it") from error
 
 
 def _wrong_classes(

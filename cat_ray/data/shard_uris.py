@@ -1,5 +1,6 @@
 """The URIs of shards as people write them, or as a shell expands them: a folder and names. Pure."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -11,6 +12,7 @@ from cat_ray.errors import BadInput
 
 # As many shards as a pattern may name.
 MOST_SHARDS = 10**6
+RANGE, DIGITS = re.compile(r"\{(-?\d+)\.\.(-?\d+)", re.ASCII), 18
 
 
 def folder_and_names(uris: Sequence[str]) -> tuple[str, list[str]]:
@@ -23,11 +25,11 @@ def folder_and_names(uris: Sequence[str]) -> tuple[str, list[str]]:
     Raises:
         BadInput: they name several folders, or a file twice.
     """
-    if len(uris) == 1 and not uris[0].endswith(TAR):
+    if len(uris) == 1 and not uris[0].endswith((TAR, "}")):
         return uris[0], []
     expanded = list(islice(_expanded(uris), MOST_SHARDS + 1))
     if len(expanded) > MOST_SHARDS:
-        raise BadInput(f"{uris[0]} names more than {MOST_SHARDS:,} shards: give their folder")
+        raise _too_many(uris[0])
     places = [uri.rpartition("/") for uri in expanded]
     if other := [uri for uri in expanded if not uri.endswith(TAR)]:
         raise BadInput(f"{other[0]} is no {TAR} file: give one folder, or the names of tar files")
@@ -45,7 +47,15 @@ def folder_and_names(uris: Sequence[str]) -> tuple[str, list[str]]:
 
 def _expanded(uris: Iterable[str]) -> Iterable[str]:
     for uri in uris:
+        # Held in memory as a whole.
+        for first, last in RANGE.findall(uri):
+            if max(len(first), len(last)) > DIGITS or abs(int(first) - int(last)) >= MOST_SHARDS:
+                raise _too_many(uri)
         try:
             yield from braceexpand(uri)
         except UnbalancedBracesError as error:
             raise BadInput(f"{uri}: its braces don't match ({error})") from error
+
+
+def _too_many(uri: str) -> BadInput:
+    return BadInput(f"{uri} names more than {MOST_SHARDS:,} shards: give their folder")

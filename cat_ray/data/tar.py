@@ -16,9 +16,10 @@ from cat_ray.data.tar_header import (
     name_in,
     size_in,
 )
-from cat_ray.errors import BadInput, Damaged
+from cat_ray.errors import Damaged
 from cat_ray.storage import Location
 
+NOTHING = Told()
 ZEROS = bytes(BLOCK_BYTES)
 SCAN_BYTES = 2**23
 # Where most writers put a mark into their headers.
@@ -133,7 +134,7 @@ def _walk(
 
     With `alone` no other tar may lie behind it: its files would be lost without a word.
     """
-    at, told = 0, Told()
+    at, told = 0, NOTHING
     try:
         while at < length:
             header = read(at, min(at + BLOCK_BYTES, length))
@@ -157,11 +158,11 @@ def _walk(
                 if end > length:
                     raise BadHeader(
                         f'it breaks off: member "{own_name}" is truncated at byte {length:,} '
-                        f"(declared {start + size:,})"
+                        f"(declared {end:,})"
                     )
                 if kind in PLAIN and not folder:
                     yield Member(own_name, at if told.at is None else told.at, start, size)
-                told = Told()
+                told = NOTHING
             at = end
         if whole or told.at is not None:
             raise BadHeader("it breaks off")
@@ -202,10 +203,11 @@ def sample_name(name: str) -> tuple[str, str] | None:
     That is, as for the webdataset library, what has no ending or begins with a dot (LICENSE,
     macOS's `._0000.jpg` and `.DS_Store`), and what tells of the whole shard.
     """
-    key, ending = split_name(name)
-    folder, _, stem = key.rpartition("/")
-    own = ending and stem and stem != ABOUT_THE_SHARD and MAC_FOLDER not in folder.split("/")
-    return (key, ending) if own else None
+    folder, _, base = name.rpartition("/")
+    stem, _, ending = base.partition(".")
+    if not stem or not ending or stem == ABOUT_THE_SHARD or MAC_FOLDER in folder.split("/"):
+        return None
+    return split_name(name)
 
 
 def samples(
@@ -276,19 +278,16 @@ def _samples_of(
         yield RawSample(key, held, begin, end, tuple(repeated))
 
 
-def sample_extents(place: Location, unique: bool = False) -> list[int]:
+def sample_extents(place: Location) -> list[int]:
     """Where each sample of a shard begins, and where the last ends, in bytes: `[samples + 1]`.
 
     Raises:
-        BadInput: it is not a whole tar file, or two samples side by side have one name, and they
-            are to be `unique`.
+        Damaged: it is not a whole tar file.
         StorageDown: the storage doesn't answer.
     """
     extents, end = [], 0
     found = scan(place, 0, place.size() or 0)
     for sample in _samples_of(found, lambda begin, end: b"", sample_name):
-        if unique and sample.repeated:
-            raise BadInput(f"shard {place.name}: {told_of_repeated(sample)}")
         extents.append(sample.begin)
         end = sample.end
     return [*extents, end]

@@ -1,11 +1,13 @@
 """The shard index: read back as written, compared with the shards and with the model."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from cat_ray.data.index import (
     BLOCK_BYTES,
@@ -16,11 +18,12 @@ from cat_ray.data.index import (
     Shard,
     check_fits,
     check_shards,
+    dense,
     read_extents,
     read_index,
     write_index,
 )
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, Damaged
 from cat_ray.storage import Location, locate
 
 SHARDS = tuple(Shard(f"train-{n}.tar", 10 + n, 100 + n, f"{n:064x}") for n in range(3))
@@ -163,6 +166,105 @@ def test_what_is_no_index_is_refused_by_name(folder, content):
     (folder / INDEX_NAME).write(content)
     with pytest.raises(BadInput, match=r"index\.json is not a shard index"):
         read_index(folder)
+
+
+SHARD = {"name": "0.tar", "count": 5, "bytes": 5120, "sha256": ""}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"shards": [{**SHARD, "count": "500"}]}, "shards.0.count: "),
+        ({"shards": [{**SHARD, "count": -1}]}, "shards.0.count: "),
+        ({"shards": [{**SHARD, "count": True}]}, "shards.0.count: "),
+        ({"shards": [{**SHARD, "count": 5.0}]}, "shards.0.count: "),
+        ({"shards": [{**SHARD, "count": 10**30}]}, "shards.0.count: "),
+        ({"shards": [{**SHARD, "count": 10**9}]}, "can't hold 1,000,000,000 samples in 5,120"),
+        ({"shards": [{**SHARD, "bytes": None}]}, "shards.0.bytes: "),
+        ({"shards": [{**SHARD, "more": 1}]}, "shards.0.more: "),
+        ({"shards": [SHARD, SHARD]}, "'0.tar' is no file of its own"),
+        ({"shards": [{**SHARD, "name": "../0.tar"}]}, "'../0.tar' is no file of its own"),
+        ({"shards": [{**SHARD, "name": ""}]}, "'' is no file of its own"),
+        ({"shards": "0.tar"}, "shards: "),
+        ({"shards": None}, "shards: "),
+        ({"class_counts": [1, -1]}, "class_counts.1: "),
+        ({"class_counts": {"0": 1}}, "class_counts: "),
+        ({"contents": "sounds"}, "contents: "),
+        ({"resolution": "32"}, "resolution: "),
+        ({"resolution": 0}, "resolution: "),
+        ({"channels": None}, "channels: "),
+        ({"pack_images": 0}, "pack_images: "),
+        ({"made_with": []}, "made_with: "),
+        ({"made_with": {"scaling_factor": "0.18"}}, "scaling_factor: '0.18' is no number"),
+        ({"made_with": {"scaling_factor": float("nan")}}, "scaling_factor: nan is no number"),
+        ({"format": True}, "format: "),
+    ],
+)
+def test_a_value_of_an_index_that_can_not_be_is_named_in_one_line(folder, change, told):
+    values = {**json.loads(INDEX.to_json()), **change}
+    (folder / INDEX_NAME).write(json.dumps(values).encode())
+    with pytest.raises(
+        Damaged, match=r"index\.json is not a shard index: .* Make it anew"
+    ) as caught:
+        read_index(folder)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**5, b'{"a":' * 10**5, b"9" * 10**5, b"\xff\xfe"])
+def test_json_that_can_not_be_parsed_is_damage(folder, content):
+    (folder / INDEX_NAME).write(content)
+    with pytest.raises(Damaged, match="is not a shard index"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.arange(10) * 9,
+        np.arange(12) * 9,
+        np.arange(11) * 9.0,
+        np.arange(11, dtype=np.int32),
+        np.zeros(11, np.int64),
+        np.arange(11)[::-1].copy(),
+        np.arange(11) * 9 - 1,
+        np.arange(22).reshape(11, 2),
+        None,
+    ],
+)
+def test_extents_that_can_not_be_are_damage_although_the_index_tells_of_them(folder, wrong):
+    content = save(
+        {**EXTENTS, SHARDS[0].name: wrong} if wrong is not None else {"x": EXTENTS["train-1.tar"]}
+    )
+    (folder / EXTENTS_NAME).write(content)
+    index = replace(INDEX, extents_sha256=hashlib.sha256(content).hexdigest())
+    with pytest.raises(
+        Damaged, match=r"extents\.safetensors doesn't tell where .* train-0\.tar lie"
+    ):
+        read_extents(folder, index)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"x" * 99, b"\xff" * 8 + b"{}", save({"a": np.ones(3)})[:-1]]
+)
+def test_extents_that_are_no_safetensors_are_damage(folder, content):
+    (folder / EXTENTS_NAME).write(content)
+    index = replace(INDEX, extents_sha256=hashlib.sha256(content).hexdigest())
+    with pytest.raises(Damaged, match=r"extents\.safetensors is no safetensors file"):
+        read_extents(folder, index)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [({}, ()), ({0: 3}, (3,)), ({3: 1, 1: 2}, (0, 2, 0, 1))]
+)
+def test_an_index_counts_every_class_up_to_the_largest(counts, expected):
+    assert dense(counts) == expected
+
+
+@pytest.mark.parametrize("label", [-1, 10**6, 9_999_999_999, 10**30])
+def test_a_class_id_that_can_be_none_is_refused_and_not_counted_up_to(label):
+    with pytest.raises(BadInput, match=f"class id {label} is not in 0 to 999,999"):
+        dense({0: 1, label: 1})
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from cat_ray.data.read import (
     Part,
     Reading,
     fetch,
+    part_of,
     read_images,
     read_parts,
     read_shard,
@@ -31,7 +32,7 @@ from cat_ray.data.reading_task import PIECES, packed, read_pieces
 from cat_ray.data.shard_file import Entry, Written, write_shard_file
 from cat_ray.data.stream import Due, RankStream, reading_of
 from cat_ray.data.tar import sample_extents
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, Damaged
 from cat_ray.storage import Location, locate
 from cat_ray.training.lanes import share
 
@@ -284,6 +285,38 @@ def test_a_shard_with_another_number_of_samples_than_indexed_is_refused(tmp_path
     assert len(read_shard(place, shard)) == 2
     with pytest.raises(BadInput, match=r"shard 0\.tar holds 2 samples, not 3"):
         read_shard(place, replace(shard, count=3))
+
+
+def test_a_block_beyond_the_end_of_its_shard_is_damage(tmp_path):
+    index = write_shards(tmp_path, [grey(0), grey(10)])
+    extents = {"0.tar": np.array([0, 1536, 2**60])}
+    part_of(index, extents, 1, 0, [0])
+    with pytest.raises(
+        Damaged, match=r"has a block of shard 0\.tar end at byte 1152921504606846976"
+    ):
+        part_of(index, extents, 1, 0, [1])
+
+
+def test_an_older_index_that_counts_other_files_as_samples_is_read_as_it_was(tmp_path):
+    members = [("LICENSE", b"text"), ("._0.png", b"mac")]
+    members += [
+        (f"{n}.{e}", c) for n in range(2) for e, c in (("png", grey(10 * n)), ("cls", b"1"))
+    ]
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    # As indexes were before: a sample for each of the four names.
+    begins = [0, 1024, 2048, 4096, 6144]
+    old = Part("0.tar", begins[0], begins[4], 0, 4, (3, 0, 2))
+    batch = read_parts(reading(tmp_path), [old])
+    assert batch.keys.tolist() == ["0.tar/1", "0.tar/LICENSE", "0.tar/0"]
+    assert [bool(line) for line in batch.broken] == [False, True, False]
+    assert batch.content[:, 0, 0, 0].tolist() == [10, 0, 0]
+    # And as they are now.
+    new = replace(old, begin=2048, count=2, members=(1, 0))
+    assert read_parts(reading(tmp_path), [new]).keys.tolist() == ["0.tar/1", "0.tar/0"]
 
 
 # The cache.

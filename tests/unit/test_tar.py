@@ -24,7 +24,7 @@ from cat_ray.data.tar import (
     scan,
     split_name,
 )
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, Damaged
 from cat_ray.storage import Location, locate
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -335,3 +335,146 @@ def test_samples_cut_out_by_their_extents_are_those_of_the_whole_shard(
         run = content[extents[first] : extents[beyond]]
         cut = [(s.key, s.members) for s in samples(run, "shard", whole=False)]
         assert cut == [(s.key, s.members) for s in found[first:beyond]]
+
+
+# Headers that no writer makes.
+
+
+def header_of(content: bytes, **fields: bytes) -> bytes:
+    """A tar whose first header has other bytes in some fields, and the right checksum."""
+    places = {"size": 124, "kind": 156, "name": 0}
+    block = bytearray(content[:BLOCK])
+    for name, value in fields.items():
+        block[places[name] : places[name] + len(value)] = value
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + content[BLOCK:]
+
+
+def with_records(records: bytes, kind: bytes = b"x") -> bytes:
+    """A tar whose first entry is a PAX header of such content."""
+    entry = header_of(tar([("pax", records)]), kind=kind)
+    return entry[: BLOCK + padded(len(records))] + WHOLE
+
+
+HOSTILE = {
+    "a size of -512": header_of(WHOLE, size=b"-0000001000\0"),
+    "a size of -512 in binary": header_of(WHOLE, size=b"\xff" * 10 + b"\xfe\0"),
+    "a size of 2 ** 88": header_of(WHOLE, size=b"\x80" + b"\xff" * 11),
+    "a size with an underline": header_of(WHOLE, size=b"00000001_00\0"),
+    "a PAX record of length 0": with_records(b"0 path=a\n"),
+    "a PAX record of negative length": with_records(b"-9 path=a\n"),
+    "a PAX record whose length is text": with_records(b"xx path=a\n"),
+    "a PAX record that ends elsewhere": with_records(b"99 path=a\n"),
+    "a PAX size that is text": with_records(b"12 size=abc\n"),
+    "a PAX size below 0": with_records(b"13 size=-512\n"),
+    "a PAX size of 5,000 digits": with_records(b"5010 size=" + b"9" * 4999 + b"\n"),
+    "one name for all members": with_records(b"10 path=a\n", kind=b"g"),
+    "an empty name": with_records(b"\0" * 9, kind=b"L"),
+    "a long name of 2 MiB": with_records(b"n" * 2**21, kind=b"L"),
+    "a sparse member": header_of(WHOLE, kind=b"S"),
+    "a sparse member as PAX has it": with_records(b"22 GNU.sparse.major=1\n"),
+    "a PAX header before the end": tar([])[:0] + with_records(b"10 path=a\n")[:1024] + bytes(1024),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_header_that_no_writer_makes_is_damage_that_is_told_in_one_line(case, tmp_path):
+    content = HOSTILE[case]
+    (tmp_path / "seven.tar").write_bytes(content)
+    place = locate(f"{tmp_path}/seven.tar")
+    for read in (
+        lambda: members(content, "seven.tar"),
+        lambda: scan(place, 0, len(content)),
+        lambda: read_samples(place, len(content), seen=lambda piece: None),
+    ):
+        with pytest.raises(Damaged, match=r"shard seven\.tar is not a whole tar file") as caught:
+            list(read())
+        assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_member_is_named_with_its_bytes():
+    with pytest.raises(Damaged, match=r'"1\.png" is truncated at byte 3,200 \(declared 4,096\)'):
+        whole(WHOLE[:3200])
+
+
+def test_a_sparse_file_that_gnu_tar_wrote_is_refused_not_garbled(tmp_path):
+    with (tmp_path / "0.png").open("wb") as file:
+        file.truncate(2**20)
+        file.seek(2**19)
+        file.write(b"x")
+    for kind in ("gnu", "pax"):
+        target = tmp_path / f"{kind}.tar"
+        arguments = ("tar", "--sparse", f"--format={kind}", "-C", tmp_path, "-cf", target, "0.png")
+        assert os.spawnlp(os.P_WAIT, "tar", *arguments) == 0
+        with pytest.raises(Damaged, match="without --sparse"):
+            whole(target.read_bytes())
+
+
+def test_a_second_tar_behind_the_first_is_not_lost_without_a_word(tmp_path):
+    content = WHOLE + LONG
+    (tmp_path / "0.tar").write_bytes(content)
+    place = locate(f"{tmp_path}/0.tar")
+    with pytest.raises(Damaged, match=rf"another one begins .* at byte {len(WHOLE):,}: join"):
+        list(read_samples(place, len(content), alone=True))
+    with pytest.raises(Damaged, match="another one begins behind its end"):
+        list(scan(place, 0, len(content)))
+
+
+# Members that belong to no sample.
+
+DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "
+PLAIN_FILES = [(f"{n:04d}.{e}", bytes([n]) * 700) for n in range(3) for e in ("cls", "jpg")]
+AROUND = {
+    "macOS": [pair for f in PLAIN_FILES for pair in ((f"._{f[0]}", DOUBLE), f)],
+    "macOS with ./": [
+        pair for name, c in PLAIN_FILES for pair in ((f"./._{name}", DOUBLE), (f"./{name}", c))
+    ],
+    "other files": [
+        ("LICENSE", b"text"),
+        ("__meta__.json", b"{}"),
+        *PLAIN_FILES,
+        (".DS_Store", b"x"),
+        ("__MACOSX/._0000.jpg", DOUBLE),
+        ("a/__MACOSX/0000.jpg", DOUBLE),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", AROUND)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_belongs_to_no_sample_is_left_out_of_samples_and_extents(tmp_path, case, kind):
+    content = tar(AROUND[case], kind)
+    left_out: list[str] = []
+    plain = [(s.key, s.members) for s in samples(tar(PLAIN_FILES), "shard")]
+    for place in places(tmp_path, content):
+        left_out.clear()
+        found = list(read_samples(place, len(content), left_out=left_out.append))
+        assert [(s.key.removeprefix("./"), s.members) for s in found] == plain
+        assert len(left_out) == len(AROUND[case]) - len(PLAIN_FILES)
+        extents = sample_extents(place)
+        assert len(extents) == 4
+        for at, sample in enumerate(found):
+            run = content[extents[at] : extents[at + 1]]
+            (cut,) = samples(run, "shard", whole=False)
+            assert (cut.key, cut.members) == (sample.key, sample.members)
+
+
+def test_a_hash_covers_what_is_left_out_however_large(tmp_path, monkeypatch):
+    monkeypatch.setattr("cat_ray.data.tar.SCAN_BYTES", 1024)
+    content = tar(
+        [("0.png", b"a"), ("LICENSE", os.urandom(9000)), ("1.png", b"b"), ("README", b"c")]
+    )
+    for place in places(tmp_path, content):
+        seen: list[bytes] = []
+        assert len(list(read_samples(place, len(content), seen=seen.append))) == 2
+        assert b"".join(seen) == content
+
+
+# Names that come twice.
+
+
+def test_members_that_come_twice_side_by_side_are_told():
+    twice = [("0.jpg", b"a"), ("0.cls", b"0"), ("0.jpg", b"b"), ("0.cls", b"1"), ("1.jpg", b"")]
+    first, second = samples(tar(twice), "shard")
+    assert (first.repeated, second.repeated) == (("0.jpg", "0.cls"), ())
