@@ -107,8 +107,8 @@ def check_is_whole(place: Location, tree: Tree) -> None:
     for name in tree.lost:
         to = Path(place.path, name).readlink()
         raise BadInput(
-            f"{place.uri}/{name} is a link to {to}, which leads nowhere: restore what it led to, or "
-            "remove it; later classes would get other numbers"
+            f"{place.uri}/{name} is a link to {to}, which leads nowhere: restore what it led to, "
+            "or remove it; later classes would get other numbers"
         )
 
 

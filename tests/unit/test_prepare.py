@@ -1,5 +1,6 @@
 """The digits as WebDataset shards: complete, the same every time, indexed last."""
 
+import errno
 import hashlib
 import io
 import json
@@ -12,8 +13,12 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from pyarrow import fs
+from typer.testing import CliRunner
 
+from cat_ray.cli import app
 from cat_ray.config import parse
+from cat_ray.data import prepare as module
 from cat_ray.data.carried import mnist
 from cat_ray.data.decode import decode_sample
 from cat_ray.data.index import (
@@ -32,10 +37,12 @@ from cat_ray.data.prepare import (
     JOB_NAME,
     RECORDS,
     digits,
+    look,
     prepare,
 )
 from cat_ray.data.read import read_shard
 from cat_ray.data.tar import RawSample, sample_extents
+from cat_ray.data.writable import check_writable
 from cat_ray.errors import BadInput
 from cat_ray.section import Storage
 from cat_ray.storage import Location, locate
@@ -64,8 +71,8 @@ def samples(prepared: Prepared) -> list[RawSample]:
 
 
 def put_in_place_of_the_digits(patch: pytest.MonkeyPatch, images: Labelled) -> None:
-    for module in ("carried", "sources"):
-        patch.setattr(f"cat_ray.data.{module}.mnist", lambda: images)
+    for name in ("carried", "sources"):
+        patch.setattr(f"cat_ray.data.{name}.mnist", lambda: images)
 
 
 @pytest.fixture
@@ -378,3 +385,148 @@ def test_a_png_in_a_shard_is_an_image_file(prepared, samples, tmp_path):
     path.write_bytes(samples[0].members["png"])
     with Image.open(path) as image:
         assert (image.format, image.mode, image.size) == ("PNG", "L", (32, 32))
+
+
+# What is looked at before the work.
+
+
+def class_folders(root: Path) -> Path:
+    for number in range(4):
+        path = root / f"n0{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(path)
+    (root / "n00" / "a.bmp").write_bytes(b"x")
+    return root
+
+
+def folders_job(source: Path, out: Path, **changes: object) -> Preparation:
+    text = {"uri": str(source), **changes}, {"folder": str(out), "resolution": 4}
+    return Preparation.model_validate({"source": text[0], "output": text[1]})
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(job, source, folder, left, total):
+        for plan in left:
+            module._write_one(job, source, folder, plan, None)
+
+    monkeypatch.setattr(module, "_write", write)
+
+
+def test_what_was_found_and_what_is_left_out_is_told_before_anything_is_written(
+    tmp_path, monkeypatch, without_ray
+):
+    lines: list[str] = []
+    monkeypatch.setattr(module, "write_shard_file", lambda *_: pytest.fail("written too early"))
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        raise KeyboardInterrupt
+
+    made = folders_job(class_folders(tmp_path / "set"), tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(made, tell)
+    assert lines == [
+        f"found 4 samples in {tmp_path}/set (folders), class 0 is n00, class 1 is n01\n"
+        "left out: .bmp (1)"
+    ]
+
+
+def test_a_dry_run_tells_the_same_and_writes_nothing(tmp_path):
+    path, out = tmp_path / "job.json", tmp_path / "out"
+    path.write_text(folders_job(class_folders(tmp_path / "set"), out).model_dump_json())
+    result = CliRunner().invoke(app, ["prepare", str(path), "--dry-run"])
+    assert result.exit_code == 0
+    assert "found 4 samples" in result.output and "left out: .bmp (1)" in result.output
+    assert not out.exists()
+    (tmp_path / "set" / "n02").mkdir()
+    result = CliRunner().invoke(app, ["prepare", str(path)])
+    assert result.exit_code == 2
+    assert "no images are in n02" in result.output and not out.exists()
+
+
+def test_one_class_and_numbered_classes_are_told(tmp_path):
+    for number in range(11):
+        (tmp_path / "numbers" / str(number)).mkdir(parents=True)
+        (tmp_path / "numbers" / str(number) / "a.png").write_bytes(b"x")
+    told = look(folders_job(tmp_path / "numbers", tmp_path / "out")).describe()
+    assert "classes are in the order of names as text: 10 is class 2" in told
+    told = look(folders_job(tmp_path / "numbers" / "3", tmp_path / "out")).describe()
+    assert "all of one class, 3, for unconditional training" in told
+
+
+def test_a_job_from_before_there_were_patterns_goes_on(tmp_path, without_ray):
+    """What `preparation.json` held on commit e108eef."""
+    made = folders_job(class_folders(tmp_path / "set"), tmp_path / "out")
+    index = prepare(made)
+    own = json.loads((tmp_path / "out" / JOB_NAME).read_text())
+    listed = own.pop("samples")
+    assert own == {
+        "classes": ["n00", "n01"],
+        "source": {
+            "uri": f"{tmp_path}/set",
+            "kind": "folders",
+            "image_column": "image",
+            "label_column": "label",
+            "crops": "256",
+        },
+        "output": {
+            "contents": "images",
+            "resolution": 4,
+            "channels": 3,
+            "encoding": "png",
+            "shard_images": 5000,
+            "pack_images": 64,
+            "tokens": False,
+            "seed": 0,
+        },
+        "latents": {"vae": None, "revision": None},
+        "teacher": {"name": "facebook/dinov2-base", "width": 768, "grid": 16},
+    }
+    sizes = {p: (tmp_path / "set" / p).stat().st_size for p in ("n00/0.png", "n00/2.png")}
+    sizes |= {p: (tmp_path / "set" / p).stat().st_size for p in ("n01/1.png", "n01/3.png")}
+    units = [
+        {"file": p, "begin": 0, "end": n, "count": 1, "key": p[:-4], "label": int(p[2])}
+        for p, n in sizes.items()
+    ]
+    assert listed == hashlib.sha256(json.dumps(units).encode()).hexdigest()
+    assert index.shards[0].count == 4
+    with pytest.raises(BadInput, match=r"source\.pattern: None -> \*\.png"):
+        prepare(folders_job(tmp_path / "set", tmp_path / "out", pattern="*.png"))
+
+
+def test_a_folder_that_is_read_only_is_found_before_the_source_is_read(tmp_path, monkeypatch):
+    def refuse(dir: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr(module, "list_units", lambda *_: pytest.fail("the source was read"))
+    words = "out: .*Read-only file system.*: choose another output.folder"
+    with pytest.raises(BadInput, match=words):
+        prepare(folders_job(tmp_path, tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    store = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    place = Location(store, "out", "s3://bucket/out")
+    check_writable(place, "choose another")
+    assert not place.files_below()
+
+    def denied(*_: object) -> None:
+        raise BadInput("storage failed at s3://bucket/out: ACCESS_DENIED")
+
+    monkeypatch.setattr(Location, "write", denied)
+    with pytest.raises(BadInput, match="ACCESS_DENIED: choose another"):
+        check_writable(place, "choose another")
+
+
+def test_a_sample_that_cannot_be_used_is_told_with_its_reason(tmp_path, without_ray):
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "a.tar", "w") as archive:
+        png = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(png, format="PNG")
+        for name, held in (("0.png", png.getvalue()), ("0.cls", b"1"), ("1.png", b"x")):
+            info = tarfile.TarInfo(name)
+            info.size = len(held)
+            archive.addfile(info, io.BytesIO(held))
+    prepare(folders_job(tmp_path / "set", tmp_path / "out"))
+    (line,) = json.loads((tmp_path / "out" / BROKEN_NAME).read_text())
+    assert line.startswith("a/1: it has no class: a .cls member")
