@@ -32,6 +32,7 @@ from cat_ray.data.stream import CPUS_PER_READ, elsewhere
 from cat_ray.errors import ExpectedError, GaveWay, Unfinished
 from cat_ray.ray_errors import inner_errors
 from cat_ray.stop_signals import heed_again
+from cat_ray.storage_errors import no_space_left
 from cat_ray.training.preemption import Notice
 from cat_ray.training.requests import NOTICES, ask_to_resize
 
@@ -68,6 +69,8 @@ def told_to_user(error: BaseException) -> BaseException | None:
         if isinstance(inner, ExpectedError):
             inner.args = (str(inner).split(RAY_DATA_ADVICE)[0],)
             return inner
+        if isinstance(inner, OSError) and (full := no_space_left(inner)):
+            return full
         if isinstance(inner, GaveWay):
             gave_way = inner
     return gave_way
