@@ -177,13 +177,15 @@ def _wait_for_others(own: _Own) -> None:
         for other in others:
             if is_gone(other) or not _goes_first(other, own.claim):
                 continue
+            is_here = other.machine == own.claim.machine
             if other.name not in seen:
                 seen[other.name] = _Seen(other.holds, other, now)
-                if other.holds:
+                if other.holds and not is_here:
                     _say_waiting(own.folder, other)
             before = seen[other.name]
             renewed = other.renewed != before.claim.renewed
-            if other.holds and (renewed or not before.held):
+            # Of a process here it is known that it lives.
+            if other.holds and (is_here or renewed or not before.held):
                 raise BadInput(
                     f"{own.folder.uri} is in use by {other}: wait until it has ended, stop it, or "
                     "choose another folder"

@@ -31,6 +31,7 @@ from cat_ray.data.sources import Source, Unit, guess_kind, list_units
 from cat_ray.data.tasks import run_tasks
 from cat_ray.data.writable import check_writable
 from cat_ray.errors import BadInput
+from cat_ray.folder_lock import is_lock, locked
 from cat_ray.objective.alignment import load_teacher
 from cat_ray.operations.counting import Counting
 from cat_ray.section import Storage
@@ -97,8 +98,7 @@ def prepare(job: Preparation, tell: Callable[[str], None] = lambda _: None) -> I
     Raises:
         BadInput: the source can't be read, or the folder holds something else.
     """
-    storage, output = job.storage, job.output
-    folder = storage.locate(output.folder)
+    folder = job.storage.locate(job.output.folder)
     if (folder / INDEX_NAME).exists():
         if not (folder / JOB_NAME).exists():
             raise BadInput(
@@ -108,13 +108,22 @@ def prepare(job: Preparation, tell: Callable[[str], None] = lambda _: None) -> I
         # Looking at the source may take an hour.
         check_writable(folder, "choose another output.folder")
     found = look(job)
-    source, units = found.source, found.units
-    _claim(folder, job, found)
+    own = _identity(job, found)
+    claimed = _is_claimed(folder, own)
     tell(found.describe())
+    if claimed and (folder / INDEX_NAME).exists() and not (folder / RECORDS).sizes():
+        return read_index(folder)
+    with locked(folder, "cat-ray prepare"):
+        if not _is_claimed(folder, own):
+            (folder / JOB_NAME).write(json.dumps(own, indent=1).encode())
+        return _prepare(job, folder, found)
+
+
+def _prepare(job: Preparation, folder: Location, found: Found) -> Index:
+    output, source, units = job.output, found.source, found.units
     if (folder / INDEX_NAME).exists():
-        if (folder / RECORDS).sizes():
-            # A kill came between the two.
-            (folder / RECORDS).delete_folder()
+        # A kill came before the records were removed.
+        (folder / RECORDS).delete_folder()
         return read_index(folder)
     made_with = _made_with(job)
     plans = list(plan_shards(units, output.shard_images, output.seed))
@@ -152,8 +161,8 @@ def _source(job: Preparation) -> Source:
     return Source(kind, place, asked.image_column, asked.label_column, asked.crops, pattern)
 
 
-def _claim(folder: Location, job: Preparation, found: Found) -> None:
-    """Makes the folder this job's, or makes sure that it is."""
+def _identity(job: Preparation, found: Found) -> dict[str, Any]:
+    """What makes a job another one: its settings, its samples and their classes."""
     units = json.dumps([asdict(unit) for unit in found.units])
     settings = job.model_dump(mode="json", exclude={"storage", "workers"})
     settings["source"] |= {"kind": found.source.kind, "uri": found.source.place.uri}
@@ -162,24 +171,34 @@ def _claim(folder: Location, job: Preparation, found: Found) -> None:
         del settings["source"]["pattern"]
     del settings["output"]["folder"]
     samples = hashlib.sha256(units.encode()).hexdigest()
-    own = {"samples": samples, "classes": list(found.classes), **settings}
+    return {"samples": samples, "classes": list(found.classes), **settings}
+
+
+def _is_claimed(folder: Location, own: Mapping[str, Any]) -> bool:
+    """Whether a folder is this job's already; if not, it is free.
+
+    Raises:
+        BadInput: it is another job's, or holds something else.
+    """
+    names = {name for name in folder.sizes() if not is_lock(name)}
     place = folder / JOB_NAME
     if place.exists():
         changed = list(_changes(json.loads(place.read()), own))
-        if not changed:
-            return
         # Of a job that failed before it had written anything another may take the place.
-        if set(folder.sizes()) != {JOB_NAME} or folder.folders():
+        if changed and (names != {JOB_NAME} or folder.folders()):
             raise BadInput(
                 f"{folder.uri} was begun with another job ({'; '.join(changed)}): restore that, or "
                 "choose another output.folder"
             )
-    elif folder.sizes() or folder.folders():
+        return not changed
+    if names or folder.folders():
         raise BadInput(f"{folder.uri} isn't empty: choose another output.folder")
-    place.write(json.dumps(own, indent=1).encode())
+    return False
 
 
-def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _changes(
+    before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
     """What differs between two jobs, key by key."""
     for name in after:
         old, new = before.get(name), after[name]

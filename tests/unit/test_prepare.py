@@ -44,6 +44,7 @@ from cat_ray.data.read import read_shard
 from cat_ray.data.tar import RawSample, sample_extents
 from cat_ray.data.writable import check_writable
 from cat_ray.errors import BadInput
+from cat_ray.folder_lock import locked
 from cat_ray.section import Storage
 from cat_ray.storage import Location, locate
 
@@ -530,3 +531,13 @@ def test_a_sample_that_cannot_be_used_is_told_with_its_reason(tmp_path, without_
     prepare(folders_job(tmp_path / "set", tmp_path / "out"))
     (line,) = json.loads((tmp_path / "out" / BROKEN_NAME).read_text())
     assert line.startswith("a/1: it has no class: a .cls member")
+
+
+def test_a_second_prepare_of_the_same_folder_is_refused_and_told_who_is_at_it(tmp_path):
+    folder = locate(str(tmp_path / "shards"))
+    with (
+        locked(folder, "cat-ray prepare"),
+        pytest.raises(BadInput, match=r"is in use by `cat-ray prepare` on "),
+    ):
+        prepare(digits(folder.uri, Storage()))
+    assert not (folder / JOB_NAME).exists()
