@@ -27,7 +27,8 @@ def code_files(package: Path = PACKAGE) -> dict[str, Path]:
         BadInput: what the package can't do without isn't among them.
     """
     found: dict[str, Path] = {}
-    for folder, folders, names in os.walk(package):
+    # It enters no linked folders.
+    for folder, folders, names in os.walk(package, followlinks=False):
         folders[:] = [name for name in folders if _is_package(Path(folder, name))]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             name = path.relative_to(package).as_posix()
@@ -43,8 +44,7 @@ def code_files(package: Path = PACKAGE) -> dict[str, Path]:
 
 
 def _is_package(folder: Path) -> bool:
-    hidden = folder.name.startswith((".", "__"))
-    return not hidden and not folder.is_symlink() and (folder / "__init__.py").is_file()
+    return not folder.name.startswith((".", "__")) and (folder / "__init__.py").is_file()
 
 
 def fill(folder: Path, job: str, code: Mapping[str, Path]) -> None:

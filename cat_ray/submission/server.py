@@ -1,4 +1,4 @@
-"""A cluster's job server: the only place that talks to Ray's job API."""
+"""A cluster's job server: the only place, with `transport.py`, that talks to Ray's job API."""
 
 import contextlib
 import logging
