@@ -14,8 +14,9 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -196,24 +197,34 @@ class CheckpointWriter:
         began = time.perf_counter()
         buffer, copies = copying.result()
         checkpoint = self._run / FOLDER / folder_name(state.images, self._worker_group)
-        # Its own: workers that share a machine remove what they have uploaded.
-        own = self._local / f"cat-ray-{checkpoint.name}-{self._rank:02d}"
         try:
-            try:
-                part = self._write_slices(checkpoint.local_path or own, slices, copies)
-            finally:
-                self._buffers.put(buffer)
-            local = time.perf_counter() - began
-            self._write_part(checkpoint, own, part, state)
+            with self._staging(checkpoint) as folder:
+                try:
+                    part = self._write_slices(folder, slices, copies)
+                finally:
+                    self._buffers.put(buffer)
+                local = time.perf_counter() - began
+                self._write_part(checkpoint, folder, part, state)
             if self._rank == 0:
                 self._commit(checkpoint)
         except StorageFull as error:
             self._remove_part(checkpoint, slices)
             raise StorageFull(f"{error}{self._remaining()}") from error
-        finally:
-            shutil.rmtree(own, ignore_errors=True)
         stored = time.perf_counter() - began
         return Saved(state.images, checkpoint, stall.seconds, local, stored)
+
+    @contextmanager
+    def _staging(self, checkpoint: Location) -> Iterator[Path]:
+        """Where the slices are written: in their place, or on the local disk until uploaded."""
+        if checkpoint.local_path is not None:
+            yield checkpoint.local_path
+            return
+        # Its own: workers that share a machine remove what they have uploaded.
+        own = self._local / f"cat-ray-{checkpoint.name}-{self._rank:02d}"
+        try:
+            yield own
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
 
     def _write_slices(
         self, folder: Path, slices: Sequence[Slice], copies: Sequence[Tensor]
@@ -230,11 +241,11 @@ class CheckpointWriter:
             ]
         return Part(tuple(files), tuple(records))
 
-    def _write_part(self, checkpoint: Location, staging: Path, part: Part, state: State) -> None:
+    def _write_part(self, checkpoint: Location, folder: Path, part: Part, state: State) -> None:
         """Uploads the slices if they lie elsewhere, and then writes what tells of them."""
         if checkpoint.local_path is None:
             for record in part.files:
-                self._put(checkpoint / record.name, staging / record.name)
+                self._put(checkpoint / record.name, folder / record.name)
         if self._rank == 0:
             content = state.to_json()
             self._put(checkpoint / STATE, content)

@@ -5,9 +5,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cat_ray.checkpoint.layout import GENERATOR, State
 from cat_ray.config import Config, parse
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.beside import (
@@ -119,6 +121,14 @@ def test_the_best_are_of_one_protocol_and_still_there(config, run):
     (run / "checkpoints" / "images-000000000032-3f9a1c").delete_folder()
     found = Measuring(config, run, "a")._best(newest)
     assert found == [f"images-{images:012d}-3f9a1c" for images in (128, 96)]
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_measured(config, run, save_checkpoint):
+    for name in ("backup", "lost+found", ".ipynb_checkpoints", "eval-500", "images-500-mybackup"):
+        (run / "checkpoints" / name / "manifest.json").write(b"{}")
+    assert Measuring(config, run, "a")._due() is None
+    saved = save_checkpoint(run, State(32, 0, "", "", {}), {GENERATOR: {"a": torch.zeros(1)}})
+    assert Measuring(config, run, "a")._due() == saved
 
 
 @pytest.mark.parametrize(("spare", "seconds"), [(True, 0.0), (False, 36.0)])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from typer.testing import CliRunner
 
 from cat_ray.checkpoint.layout import (
     DAMAGED,
@@ -17,6 +18,7 @@ from cat_ray.checkpoint.layout import (
     MANIFEST,
     STATE,
     State,
+    average_group,
     parse_manifest,
     read_manifest,
     read_whole,
@@ -31,6 +33,7 @@ from cat_ray.checkpoint.read import (
     verify,
 )
 from cat_ray.checkpoint.write import CheckpointWriter, Slice
+from cat_ray.cli import app
 from cat_ray.config import dump, parse
 from cat_ray.errors import BadInput, Damaged, StorageDown
 from cat_ray.model.build import build_generator
@@ -251,6 +254,22 @@ def test_a_manifest_is_read_and_written_as_commit_e108eef_did():
     digest = hashlib.sha256(json.dumps(unsigned).encode()).hexdigest()
     content = WRITTEN_BY_E108EEF.replace(b"DIGEST", digest.encode())
     assert parse_manifest(content).to_json() == content
+
+
+def test_inspect_says_damaged_and_no_sampler_gets_a_generator(checkpoint):
+    # On e108eef --verify passed, and the missing range was memory as it happened to be.
+    def shorten(manifest: dict[str, Any]) -> None:
+        (tensor, *_) = manifest["tensors"][average_group(0.9)].values()
+        tensor["slices"].clear()
+
+    change(checkpoint, shorten)
+    for arguments in (["--verify"], []):
+        told = CliRunner().invoke(app, ["inspect", checkpoint.uri, *arguments])
+        assert told.exit_code == 2
+        assert f"{checkpoint.uri}/{MANIFEST} is damaged: " in told.stderr
+        assert len(told.stderr.splitlines()) == 1
+    with pytest.raises(Damaged, match=f"{MANIFEST} is damaged"):
+        load_generator(checkpoint)
 
 
 # The other files.
