@@ -172,6 +172,14 @@ def test_class_tars_from_a_mac_are_classes_without_its_companions(tmp_path):
         assert left_out["classes without an image (n02)"] == 1
 
 
+def test_a_tar_whose_link_leads_nowhere_is_named(tmp_path):
+    for name in ("n01", "n03"):
+        tar(tmp_path / "set" / f"{name}.tar", [(f"{name}_0.JPEG", b"x")])
+    (tmp_path / "set" / "n02.tar").symlink_to("../gone/n02.tar")
+    with pytest.raises(BadInput, match=r"n02\.tar is a link to \.\./gone/n02\.tar, which leads"):
+        read(tmp_path / "set")
+
+
 def test_splits_of_shards_are_told_and_a_pattern_selects_one(tmp_path):
     for name in ("set-train-0000", "set-train-0001", "set-val-0000"):
         tar(tmp_path / "set" / f"{name}.tar", labelled(range(2)))
