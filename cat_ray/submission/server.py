@@ -193,7 +193,9 @@ class JobServer:
                 f"{self.address} has no job {submission_id}: `cat-ray status` lists them"
             )
         if "status code 400" in told:
-            return BadInput(f"{self.address} refuses {submission_id}: {one_line(told)}")
+            return BadInput(
+                f"{self.address} refuses {submission_id or 'the request'}: {one_line(told)}"
+            )
         return self._strange(told)
 
     def _strange(self, told: object) -> NoDashboard:
