@@ -70,7 +70,7 @@ def read_yaml(text: str, name: str) -> Any:
             return None
         _measure(node, {}, set())
         return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, KeyError, OverflowError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, OverflowError) as error:
         # The last three are PyYAML's for `!!int x`, `!!bool x` and an escape that is no character.
         # What is raised instead doesn't show them: they quote the text.
         raise BadInput(f"{name} is not valid YAML: {_told(error, text)}") from None

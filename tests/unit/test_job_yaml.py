@@ -58,6 +58,7 @@ def refusal(text: str, *overrides: str) -> str:
         ("run: !!set {a}", "a value has a tag"),
         ("run: !!int x", "a value is not what its tag says"),
         ("run: !!bool x", "a value is not what its tag says"),
+        ("run: !!int", "a value is not what its tag says"),
         ("run: 0b_", "a value is not what its tag says"),
         (f"run: {'9' * 5000}", "a value is not what its tag says"),
         ("run: \0", "line 1 has the character #x0000"),
@@ -191,6 +192,7 @@ def check_mutated(job: tuple[str, str]) -> None:
 @given(mutated())
 @example(("quickstart", f"{SHORTEST}optimisation: {{lanes: 0}}"))
 @example(("quickstart", f"{SHORTEST}schedule: [{{images: 512, set: {{model: 3}}}}]"))
+@example(("fid50k", SAVED["fid50k"].replace("50000", "!!int ")))
 @example(("quickstart", f"{SHORTEST}model: {{generator: {{size: {{dpth: 3}}}}}}"))
 def test_a_job_with_faults_is_read_or_is_bad_input(job):
     check_mutated(job)
