@@ -346,7 +346,8 @@ class Checkpoints(Section):
         keep_every_images: beside those, the first at or past each multiple of this stays.
         pending_saves: saves that may be under way in the background before training waits.
         local_folder: where a worker's part waits for its upload; the temporary folder if unset.
-        retry_seconds: for how long an upload that the storage refuses is tried again.
+        retry_seconds: for how long an upload is retried while the storage is down;
+            storage.retry_seconds if unset.
     """
 
     save_every_images: int = Field(default=1_000_000, gt=0)
@@ -354,7 +355,7 @@ class Checkpoints(Section):
     keep_every_images: int | None = Field(default=None, gt=0)
     pending_saves: int = Field(default=1, gt=0)
     local_folder: LocalPath | None = None
-    retry_seconds: float = Field(default=600.0, ge=0)
+    retry_seconds: float | None = Field(default=None, ge=0)
 
 
 class Health(Section):
@@ -441,6 +442,11 @@ class Config(Section):
         """The consistency term's weight of each stage but the last."""
         weights = self.objective.consistency.stage_weights
         return default_stage_weights(self.model.stages) if weights is None else weights
+
+    def upload_retry_seconds(self) -> float:
+        """For how long an upload of a checkpoint is retried while the storage is down."""
+        own = self.checkpoints.retry_seconds
+        return self.storage.retry_seconds if own is None else own
 
     def makes_latents(self) -> bool:
         """Whether the generator makes latents, not pictures."""

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import random
 import re
 import threading
@@ -118,7 +119,8 @@ def retry(
                 raise
             if now >= remind_at:
                 left = began + seconds - now
-                logger.warning("%s; retrying for another %.0f s", error, left)
+                limit = "" if math.isinf(left) else f" for another {left:.0f} s"
+                logger.warning("%s; retrying%s", error, limit)
                 remind_at = now + REMIND_SECONDS
         else:
             if remind_at > began:

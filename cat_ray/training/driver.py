@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import tempfile
 import uuid
@@ -284,7 +285,8 @@ def _stopping(run: Location) -> contextlib.AbstractContextManager[None]:
     def save(name: str) -> None:
         logger.warning("%s: saving, then stopping; once more to stop at once", name)
         try:
-            ask_to_stop(run)
+            # As long as the run goes on: while the storage is down no worker can read it.
+            ask_to_stop(run.retried(math.inf))
         except ExpectedError as error:
             logger.warning("the workers can't be asked to save: %s", error)
 

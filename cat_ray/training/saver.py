@@ -104,17 +104,17 @@ class Saver:
         )
 
     def _writer_for(self, rank: int, worker_group: str) -> CheckpointWriter:
-        checkpoints = self._config.checkpoints
+        checkpoints, patience = self._config.checkpoints, self._config.upload_retry_seconds()
         return CheckpointWriter(
             self._run,
             worker_group,
             rank,
             distributed.get_world_size(),
             checkpoints.pending_saves,
-            checkpoints.retry_seconds,
+            patience,
             checkpoints.local_folder,
             # Whoever goes on from a checkpoint finds all that was told until then.
-            before_record=lambda: self._flush(checkpoints.retry_seconds),
+            before_record=lambda: self._flush(patience),
             committed=lambda checkpoint: drop_old(
                 self._run, checkpoints.keep, checkpoints.keep_every_images, checkpoint
             ),
