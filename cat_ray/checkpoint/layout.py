@@ -22,6 +22,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from cat_ray.checkpoint.records import (
+    LONGEST_SHOWN,
     NO_MORE_KEYS,
     Count,
     FileRecord,
@@ -167,7 +168,9 @@ def parse_manifest(content: bytes) -> Part:
         raise ValueError(f"it does not list {STATE}")
     foreign = [name for name in listed if name != STATE and not SLICE_FORM.fullmatch(name)]
     if foreign:
-        raise ValueError(f"it lists {foreign[0]!r}, which is no file of a checkpoint")
+        raise ValueError(
+            f"it lists {foreign[0][:LONGEST_SHOWN]!r}, which is no file of a checkpoint"
+        )
     check_coverage(manifest.slices)
     held: Counter[str] = Counter()
     for piece in manifest.slices:

@@ -15,7 +15,7 @@ from cat_ray.errors import BadInput
 FORMAT = 2
 # More than PyTorch's tensors of ours have.
 MAX_DIMENSIONS = 16
-LONGEST_PLACE = 200
+LONGEST_SHOWN = 200
 
 # Bounded, as JSON's numbers are not: more than any file or tensor has.
 Count = Annotated[int, Field(strict=True, ge=0, le=2**62)]
@@ -101,7 +101,12 @@ def parse_part(content: bytes) -> Part:
         if found == FORMAT:
             files = _FILES.validate_python(values.get("files"))
             groups = _TENSORS.validate_python(values.get("tensors"))
-            return Part(files, tuple(_slices(groups)))
+            slices = tuple(_slices(groups))
+            if not all(
+                piece.group.isprintable() and piece.tensor.isprintable() for piece in slices
+            ):
+                raise ValueError("it names a tensor with characters that can't be printed")
+            return Part(files, slices)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except ValidationError as error:
@@ -142,7 +147,8 @@ def check_coverage(slices: Iterable[SliceRecord]) -> None:
 def first_problem(error: ValidationError) -> str:
     """What is wrong with a file's content, in a few words, after where in it."""
     first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(step) for step in first["loc"])[:LONGEST_PLACE]
+    # Foreign keys are among the steps: whatever they are, a message is one line.
+    place = ".".join(repr(str(step))[1:-1] for step in first["loc"])[:LONGEST_SHOWN]
     return f"{place}: {first['msg']}" if place else first["msg"]
 
 

@@ -22,7 +22,7 @@ from cat_ray.checkpoint.layout import (
     parsed,
     read_whole,
 )
-from cat_ray.checkpoint.records import first_problem
+from cat_ray.checkpoint.records import LONGEST_SHOWN, first_problem
 from cat_ray.errors import BadInput, Damaged, ExpectedError, NotFound
 from cat_ray.storage import Location
 
@@ -138,7 +138,7 @@ def _parse_best(content: bytes) -> list[str]:
     except ValidationError as error:
         raise ValueError(first_problem(error)) from error
     if foreign := [name for name in names if not FOLDER_FORM.fullmatch(name)]:
-        raise ValueError(f"{foreign[0]!r} is not the name of a checkpoint's folder")
+        raise ValueError(f"{foreign[0][:LONGEST_SHOWN]!r} is not the name of a checkpoint's folder")
     return names
 
 

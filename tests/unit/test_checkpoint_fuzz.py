@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cat_ray.checkpoint import contents as contents_of_files
 from cat_ray.checkpoint.commit import commit_abandoned
 from cat_ray.checkpoint.layout import (
     DAMAGED,
@@ -121,7 +122,9 @@ def module_saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 @pytest.fixture
-def saved(module_saved: Saved) -> Iterator[Saved]:
+def saved(module_saved: Saved, monkeypatch: pytest.MonkeyPatch) -> Iterator[Saved]:
+    # Starting eight threads takes longer than reading these files.
+    monkeypatch.setattr(contents_of_files, "READERS", 1)
     yield module_saved
     module_saved.restore()
 
@@ -256,7 +259,7 @@ def check_read(saved: Saved, state_may_be: State | None = None) -> bool:
     reader = CheckpointReader(saved.last)
     refused = [isinstance(expected(lambda: reader.manifest), ExpectedError)]
     for group in GROUPS:
-        found = expected(lambda group=group: CheckpointReader(saved.last).tensors(group))
+        found = expected(lambda group=group: reader.tensors(group))
         refused.append(isinstance(found, ExpectedError))
         if not refused[-1]:
             # A shape is told nowhere else: the elements and their order are.
@@ -347,7 +350,8 @@ def test_a_mutated_state_is_read_as_it_is_or_refused(saved, count):
         used = check_read(saved, State(**told) if told else None)
         assert used == (told is not None)
 
-    fuzz(count, contents(saved.files[STATE]), check)
+    unprintable = written({**asdict(state(LAST)), "\n": None})
+    fuzz(count, contents(saved.files[STATE]), check, seeds=(unprintable,))
 
 
 def is_state(content: bytes) -> bool:

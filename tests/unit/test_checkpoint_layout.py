@@ -33,7 +33,10 @@ def part(*slices: SliceRecord) -> Part:
 
 SHAPES = st.lists(st.integers(1, 5), max_size=3).map(tuple)
 TENSORS = st.dictionaries(
-    st.tuples(st.sampled_from(["generator", "discriminator"]), st.text(min_size=1, max_size=3)),
+    st.tuples(
+        st.sampled_from(["generator", "discriminator"]),
+        st.text(min_size=1, max_size=3).filter(str.isprintable),
+    ),
     SHAPES,
     min_size=1,
     max_size=5,

@@ -183,6 +183,9 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "no tensors": lambda m: m.pop("tensors"),
     "a tensor that no file has": lambda m: m["tensors"][GENERATOR].update(other=entry(m)),
     "a tensor less": lambda m: m["tensors"][GENERATOR].pop("weight"),
+    "a tensor with a name of two lines": lambda m: m["tensors"][GENERATOR].update(
+        {"a\nb": entry(m)}
+    ),
     "a group less": lambda m: m["tensors"].pop(GENERATOR_MOMENTS),
     "a file that is not listed": lambda m: m["files"].remove(listed(m)),
     "another group's file": lambda m: entry(m)["slices"][0].__setitem__(
