@@ -39,6 +39,10 @@ FINAL = (
     "PERMISSION_DENIED",
     "INVALID_ARGUMENT",
 )
+# Steps of an upload in parts that only the whole of it, done anew, mends: of an answer that was cut
+# off Arrow keeps no name of the part, and asks for the end of an upload that has ended already.
+UPLOAD_STEPS = ("during UploadPart ", "during CompleteMultipartUpload ")
+UPLOAD_LOST = ("NO_SUCH_UPLOAD", "InvalidPart", "NoSuchUpload")
 # A network mount that is away answers with these; a disk of this machine rarely does.
 PASSING_LOCALLY = frozenset(
     {
@@ -80,7 +84,8 @@ def explain(error: OSError, uri: str, local: bool) -> ExpectedError:
         return StorageFull(f"no space left for {uri}{FULL_HINT}")
     if status in MOVED_STATUS:
         return BadInput(f"{told}{REGION_HINT}")
-    if status in PASSING_STATUS or any(mark in reason for mark in PASSING):
+    lost = any(step in reason for step in UPLOAD_STEPS) and any(m in reason for m in UPLOAD_LOST)
+    if lost or status in PASSING_STATUS or any(mark in reason for mark in PASSING):
         return StorageDown(f"{told}{REMOTE_HINT}")
     final = any(mark in reason for mark in FINAL) or (status is not None and 400 <= status < 500)
     return (BadInput if final else StorageDown)(f"{told}{REMOTE_HINT}")

@@ -294,8 +294,12 @@ class Chaos:
         self._process.communicate(timeout=30)
 
     def aim(self, kind: str, fault: str, count: int = 1) -> None:
-        """The next so many requests of a kind, or of `any`, meet a fault."""
+        """The next so many requests of a kind, a step of an upload or `any` meet a fault."""
         self._order("aim", {"kind": kind, "fault": fault, "count": count})
+
+    def forget(self) -> None:
+        """No more than what is lasting is to happen."""
+        self._order("forget")
 
     def left(self) -> int:
         """How many of the requests that `aim` waits for are still to come."""
@@ -308,10 +312,11 @@ class Chaos:
             self._server.kill()
 
     def end(self) -> None:
-        """The fault is over."""
+        """The fault is over, and what was aimed is forgotten."""
         if self._server.process is not None and self._server.process.poll() is not None:
             self._server.start()
         self._order("fault")
+        self.forget()
 
     @contextmanager
     def lasting(self, fault: str, seconds: float) -> Iterator[None]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from schedule import kind_of, schedule
+from schedule import kind_of, schedule, step_of
 
 HEAD_BYTES = 1 << 16
 BLOCK_BYTES = 1 << 16
@@ -79,6 +79,8 @@ class Proxy:
             self._aimed.extend([(value["kind"], value["fault"])] * value["count"])
         elif name == "left":
             return len(self._aimed)
+        elif name == "forget":
+            self._aimed.clear()
         elif name == "schedule":
             self._began, self._windows = time.monotonic(), schedule(**value)
             return [vars(window) for window in self._windows]
@@ -125,10 +127,10 @@ class Proxy:
             self._open.discard(writer)
             writer.close()
 
-    def _befalls(self, kind: str) -> tuple[str | None, Callable[[], bool]]:
+    def _befalls(self, *names: str | None) -> tuple[str | None, Callable[[], bool]]:
         """The fault that a request meets, and whether it lasts."""
         for aimed in self._aimed:
-            if aimed[0] in (kind, "any"):
+            if aimed[0] in (*names, "any"):
                 self._aimed.remove(aimed)
                 return aimed[1], lambda: True
         fault = self._fault()
@@ -137,7 +139,7 @@ class Proxy:
     async def _exchange(self, request: Request, reader: StreamReader, writer: StreamWriter) -> bool:
         """One request; whether the client's connection can be used again."""
         kind = kind_of(request.method, request.target)
-        fault, lasts = self._befalls(kind)
+        fault, lasts = self._befalls(kind, step_of(request.method, request.target))
         server = None
         if fault in PASSED_ON:
             with suppress(OSError):

@@ -71,3 +71,13 @@ def kind_of(method: str, target: str) -> str:
             reads = method in ("GET", "HEAD")
             return "restore" if reads else "state" if match["file"] == "state.json" else "upload"
     return next((kind for kind, path in KINDS if re.search(path, parts.path)), "other")
+
+
+def step_of(method: str, target: str) -> str | None:
+    """Which step of an upload in parts a request is, if it is one."""
+    query = parse_qs(urlsplit(target).query, keep_blank_values=True)
+    if method == "POST" and "uploads" in query:
+        return "begin upload"
+    if "uploadId" in query:
+        return {"PUT": "upload part", "POST": "end upload"}.get(method)
+    return None

@@ -164,6 +164,31 @@ def test_answers_that_break_off_or_drip_are_right_or_storage_down(fault, chaos, 
     places.check_nothing_torn(done=False)
 
 
+@pytest.mark.parametrize("fault", ["500", "cut request", "cut answer", "cut head"])
+@pytest.mark.parametrize("step", ["begin upload", "upload part", "end upload"])
+def test_an_upload_that_fails_at_any_step_says_so_and_then_succeeds(
+    step, fault, chaos, s3_server, tmp_path
+) -> None:
+    (tmp_path / "large").write_bytes(LARGE)
+    uri = f"s3://{s3_server.bucket}/steps/{step}-{fault}".replace(" ", "-")
+    place, direct = locate(uri, chaos.endpoint_url), locate(uri, s3_server.endpoint_url)
+    # More than Arrow tries by itself.
+    chaos.aim(step, fault, 3 * storage.ATTEMPTS)
+    try:
+        place.upload(tmp_path / "large")
+    except StorageDown:
+        pass
+    else:
+        assert direct.read() == LARGE
+    # Only one: the server has done what it could not say, and Arrow asks it again.
+    for count in (0, 1):
+        chaos.forget()
+        chaos.aim(step, fault, count)
+        place.retried(PATIENCE_SECONDS).upload(tmp_path / "large")
+        assert direct.read() == LARGE
+        direct.delete()
+
+
 def test_an_answer_of_a_first_line_alone_is_not_taken_for_nothing(chaos, places) -> None:
     raised: list[BaseException] = []
     for _ in range(3):

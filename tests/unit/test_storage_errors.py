@@ -96,6 +96,13 @@ URI = "s3://bucket/file"
         ("AWS Error UNKNOWN (HTTP status 409) during PutObject: conflict", StorageDown),
         ("AWS Error UNKNOWN (HTTP status 429) during GetObject", StorageDown),
         ("AWS Error REQUEST_TIMEOUT (HTTP status 400) during PutObject", StorageDown),
+        ("AWS Error NO_SUCH_UPLOAD during CompleteMultipartUpload operation: gone", StorageDown),
+        (
+            "AWS Error UNKNOWN (HTTP status 400) during CompleteMultipartUpload operation: "
+            "Unable to parse ExceptionName: InvalidPart Message: no such part",
+            StorageDown,
+        ),
+        ("AWS Error ACCESS_DENIED during CompleteMultipartUpload operation", BadInput),
         ("AWS Error UNKNOWN (HTTP status 507) during PutObject", StorageFull),
         ("AWS Error UNKNOWN (HTTP status 301)", BadInput),
         ("AWS Error NO_SUCH_BUCKET during GetObject operation", BadInput),
