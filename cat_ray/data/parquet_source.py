@@ -84,7 +84,7 @@ def _opened(place: Location) -> Iterator[pyarrow.parquet.ParquetFile]:
         with place.opened() as file:
             yield pyarrow.parquet.ParquetFile(file, buffer_size=PIECE_BYTES)
     # What storage raises are our own errors: the others are Arrow's about the content.
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
         raise Damaged(
             f"{place.uri} can't be read as Parquet ({last_line(error)}): get the file again"
         ) from error
