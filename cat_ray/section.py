@@ -70,6 +70,8 @@ Uri = Annotated[str, _read_by(_uri)]
 LocalPath = Annotated[str, _read_by(_path)]
 # A local folder or a hub's name.
 ModelName = Annotated[str, _read_by(str)]
+# Below a place, which says where it is.
+FilePattern = Annotated[str, Field(min_length=1), _checked_by(uris.check_has_no_credentials)]
 # Of an object store's server, and of another one.
 EndpointUrl = Annotated[str, _checked_by(uris.endpoint_of)]
 HttpUrl = Annotated[str, _checked_by(uris.check_url)]

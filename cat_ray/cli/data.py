@@ -22,8 +22,9 @@ def prepare(
 ) -> None:
     """Write shards and their index; the same command again continues where it stopped."""
     with speaking_plainly():
+        from cat_ray.data.found import look
         from cat_ray.data.preparation import Preparation
-        from cat_ray.data.prepare import left_out, look
+        from cat_ray.data.prepare import left_out
         from cat_ray.data.prepare import prepare as write_shards
 
         config = configuration.load(job, overrides or (), Preparation)

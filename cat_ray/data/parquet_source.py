@@ -56,11 +56,11 @@ def read_rows(source: Source, unit: Unit, first: int, stop: int) -> list[Encoded
     with _opened(place) as table:
         for batch in table.iter_batches(IMAGES_TOGETHER, [unit.begin], columns):
             begin, number = number, number + batch.num_rows
-            wanted = slice(max(0, first - begin), max(0, stop - begin))
-            for place_in, row in enumerate(batch.slice(wanted.start).to_pylist(), wanted.start):
-                if place_in < wanted.stop:
-                    key = f"{stem}-{unit.begin:05d}-{begin + place_in:05d}"
-                    found.append(_encoded(key, row[columns[0]], row[columns[1]]))
+            start = max(0, first - begin)
+            wanted = batch.slice(start, max(0, stop - begin - start)).to_pylist()
+            for place_in, row in enumerate(wanted, begin + start):
+                key = f"{stem}-{unit.begin:05d}-{place_in:05d}"
+                found.append(_encoded(key, row[columns[0]], row[columns[1]]))
             if number >= stop:
                 break
     if len(found) != stop - first:
@@ -84,7 +84,7 @@ def _opened(place: Location) -> Iterator[pyarrow.parquet.ParquetFile]:
         with place.opened() as file:
             yield pyarrow.parquet.ParquetFile(file, buffer_size=PIECE_BYTES)
     # What storage raises are our own errors: the others are Arrow's about the content.
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
         raise Damaged(
             f"{place.uri} can't be read as Parquet ({last_line(error)}): get the file again"
         ) from error

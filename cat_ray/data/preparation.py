@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cat_ray.data.latents import REDUCTION
-from cat_ray.section import Latents, ModelName, Section, Storage, Uri
+from cat_ray.section import FilePattern, Latents, ModelName, Section, Storage, Uri
 
 # What packages carry, and how an index tells of it.
 CARRIED = {
@@ -33,7 +33,7 @@ class Source(Section):
     kind: Literal["auto", "folders", "tars", "webdataset", "parquet", "mnist", "photographs"] = (
         "auto"
     )
-    pattern: str | None = Field(default=None, min_length=1)
+    pattern: FilePattern | None = None
     image_column: str = "image"
     label_column: str = "label"
     crops: Literal["256", "500"] = "256"

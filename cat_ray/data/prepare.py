@@ -9,7 +9,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -19,15 +19,15 @@ import ray
 from cat_ray.connection import connected
 from cat_ray.data.contact import SHOWN, contact_sheet, histogram
 from cat_ray.data.encoder import Encoder, Encodings
+from cat_ray.data.found import Found, look
 from cat_ray.data.index import INDEX_NAME, Index, Shard, read_index, write_index
 from cat_ray.data.latents import CHANNELS, REDUCTION, load_vae
-from cat_ray.data.names import counted
 from cat_ray.data.preparation import CARRIED, Output, Preparation
 from cat_ray.data.preparation import Source as SourceSection
 from cat_ray.data.shard_file import Written, write_shard_file
 from cat_ray.data.shard_plan import ShardPlan, plan_shards
 from cat_ray.data.shard_task import Encode, image_entries, latent_entries, read_plan
-from cat_ray.data.sources import Source, Unit, guess_kind, list_units
+from cat_ray.data.sources import Source
 from cat_ray.data.tasks import run_tasks
 from cat_ray.data.writable import check_writable
 from cat_ray.errors import BadInput
@@ -41,51 +41,6 @@ RECORDS = "records"
 JOB_NAME, BROKEN_NAME = "preparation.json", "broken.json"
 # Shown to people: what the classes hold, and what the pictures look like.
 HISTOGRAM_NAME, CONTACT_NAME = "classes.png", "contact.png"
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a job's source holds.
-
-    Attributes:
-        source: where samples come from.
-        units: in which they lie.
-        classes: the names of classes, where they have any.
-        left_out: what can't be used, counted by file ending or reason.
-    """
-
-    source: Source
-    units: Sequence[Unit]
-    classes: Sequence[str]
-    left_out: Mapping[str, int]
-
-    def describe(self) -> str:
-        """What will be read and what will not, for a person."""
-        count, kind = sum(unit.count for unit in self.units), self.source.kind
-        lines = [f"found {count:,} samples in {self.source.place.uri} ({kind})"]
-        if len(self.classes) > 1:
-            last = len(self.classes) - 1
-            lines[0] += f", class 0 is {self.classes[0]}, class {last} is {self.classes[last]}"
-        elif self.classes:
-            lines[0] += f", all of one class, {self.classes[0]}, for unconditional training"
-        if self.left_out:
-            lines.append(f"left out: {counted(self.left_out)}")
-        for label, name in enumerate(self.classes):
-            if all(map(str.isdecimal, self.classes)) and int(name) != label:
-                lines.append(f"classes are in the order of names as text: {name} is class {label}")
-                break
-        return "\n".join(lines)
-
-
-def look(job: Preparation) -> Found:
-    """Looks at what a job's source holds; writes nothing.
-
-    Raises:
-        BadInput: the source can't be read, or it is unclear of which class its samples are.
-    """
-    source, left_out = _source(job), Counter[str]()
-    units, classes = list_units(source, left_out)
-    return Found(source, units, classes, left_out)
 
 
 def prepare(job: Preparation, tell: Callable[[str], None] = lambda _: None) -> Index:
@@ -110,7 +65,8 @@ def prepare(job: Preparation, tell: Callable[[str], None] = lambda _: None) -> I
     found = look(job)
     own = _identity(job, found)
     claimed = _is_claimed(folder, own)
-    tell(found.describe())
+    if found.source.kind not in CARRIED:
+        tell(found.describe())
     if claimed and (folder / INDEX_NAME).exists() and not (folder / RECORDS).sizes():
         return read_index(folder)
     with locked(folder, "cat-ray prepare"):
@@ -151,14 +107,6 @@ def digits(folder: str, storage: Storage) -> Preparation:
         output=Output(folder=folder, resolution=32, channels=1, shard_images=500),
         storage=storage,
     )
-
-
-def _source(job: Preparation) -> Source:
-    asked, storage = job.source, job.storage
-    place = storage.locate(asked.uri or ".")
-    pattern = asked.pattern or ""
-    kind = guess_kind(place, pattern) if asked.kind == "auto" else asked.kind
-    return Source(kind, place, asked.image_column, asked.label_column, asked.crops, pattern)
 
 
 def _identity(job: Preparation, found: Found) -> dict[str, Any]:

@@ -152,6 +152,16 @@ def test_a_cut_file_and_one_that_git_has_not_fetched_are_named(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("labels", [[0, 1], ["cat"] * 4, [[1]] * 4])
+def test_a_file_that_changed_since_it_was_listed_is_told(tmp_path, labels):
+    place = write(tmp_path / "a.parquet", IMAGES, [0, 1, 0, 1])
+    source = Source("parquet", locate(str(place)))
+    (unit,), _ = list_units(source)
+    write(place, IMAGES[: len(labels)], labels)
+    with pytest.raises(BadInput, match=r"a\.parquet"):
+        read_unit(source, unit)
+
+
 # Splits, as the Hub has them.
 
 

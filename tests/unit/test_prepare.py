@@ -21,6 +21,7 @@ from cat_ray.config import parse
 from cat_ray.data import prepare as module
 from cat_ray.data.carried import mnist
 from cat_ray.data.decode import decode_sample
+from cat_ray.data.found import look
 from cat_ray.data.index import (
     EXTENTS_NAME,
     INDEX_NAME,
@@ -37,7 +38,6 @@ from cat_ray.data.prepare import (
     JOB_NAME,
     RECORDS,
     digits,
-    look,
     prepare,
 )
 from cat_ray.data.read import read_shard
@@ -451,7 +451,7 @@ def test_one_class_and_numbered_classes_are_told(tmp_path):
         (tmp_path / "numbers" / str(number)).mkdir(parents=True)
         (tmp_path / "numbers" / str(number) / "a.png").write_bytes(b"x")
     told = look(folders_job(tmp_path / "numbers", tmp_path / "out")).describe()
-    assert "classes are in the order of names as text: 10 is class 2" in told
+    assert "classes are in the order of their names as text: 10 is 2, 2 is 3" in told
     told = look(folders_job(tmp_path / "numbers" / "3", tmp_path / "out")).describe()
     assert "all of one class, 3, for unconditional training" in told
 
@@ -501,7 +501,9 @@ def test_a_folder_that_is_read_only_is_found_before_the_source_is_read(tmp_path,
         raise OSError(errno.EROFS, "Read-only file system", str(dir))
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    monkeypatch.setattr(module, "list_units", lambda *_: pytest.fail("the source was read"))
+    monkeypatch.setattr(
+        "cat_ray.data.found.list_units", lambda *_: pytest.fail("the source was read")
+    )
     words = "out: .*Read-only file system.*: choose another output.folder"
     with pytest.raises(BadInput, match=words):
         prepare(folders_job(tmp_path, tmp_path / "out"))
