@@ -40,21 +40,20 @@ def connected(
     if ray.is_initialized():
         yield
         return
-    from cat_ray import local_ray
+    from cat_ray.local_ray import local_cluster
     from cat_ray.ray_address import named_cluster
 
-    with stoppable():
-        try:
-            with _stopped_by_ray():
-                address = named_cluster()
-                if address is None:
-                    local_ray.start(needed_cpus, exactly, reads)
-                else:
-                    _join(address, {**ENVIRONMENT, **environment})
-            with stoppable():
-                yield
-        finally:
-            local_ray.stop()
+    with stoppable(), contextlib.ExitStack() as around:
+        with _stopped_by_ray():
+            address = named_cluster()
+            around.enter_context(
+                local_cluster(needed_cpus, exactly, reads)
+                if address is None
+                else _joined(address, {**ENVIRONMENT, **environment})
+            )
+        # Ray has taken SIGTERM for itself.
+        with stoppable():
+            yield
 
 
 def check_connection() -> None:
@@ -72,14 +71,15 @@ def check_connection() -> None:
 
 @contextlib.contextmanager
 def _stopped_by_ray() -> Iterator[None]:
-    """Ray takes SIGTERM for itself when it begins to start."""
+    """Ray's own handler for SIGTERM, which it sets as it begins to start, ends the process."""
     try:
         yield
     except SystemExit:
         raise Unfinished("stopped by SIGTERM: run the same command again to go on") from None
 
 
-def _join(address: str, environment: Mapping[str, str]) -> None:
+@contextlib.contextmanager
+def _joined(address: str, environment: Mapping[str, str]) -> Iterator[None]:
     import ray
     from ray.exceptions import AuthenticationError
 
@@ -102,3 +102,7 @@ def _join(address: str, environment: Mapping[str, str]) -> None:
             raise
         told = " ".join(str(error).split())
         raise RunFailed(f"{told} Use the cluster's image here as well") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

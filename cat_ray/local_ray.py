@@ -1,17 +1,24 @@
 """A Ray of this machine's own, which lives as long as the command that starts it.
 
-Its daemons and workers take no notice of SIGTERM and SIGHUP: whoever sends them to all of a
-command's processes wants the command to save, for which it needs them. When the command dies the
-kernel kills the daemons, and the workers end with their raylet.
+Its daemons take no notice of SIGTERM, SIGHUP and Ctrl-C, nor do the workers: whoever sends one to
+the command's process group, or to every process below it, wants the command to save, for which it
+needs them. They are a process group of their own, which a keeper kills when the command is gone,
+however it ended; the workers end with their raylet.
 """
 
+import contextlib
+import functools
 import logging
 import math
 import os
+import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import ray
 from ray._common.utils import get_default_ray_temp_dir
+from ray._private import services
 
 from cat_ray.cpus import usable_cpus
 from cat_ray.data.reading_task import CPUS_PER_READ
@@ -22,46 +29,67 @@ from cat_ray.stop_signals import unheeded
 SOCKET_BYTES = 107
 LONGEST_SOCKET = "session_2026-11-28_00-59-53_927123_4194304/sockets/plasma_store"
 SHORT_FOLDER = Path("/tmp/ray")
+# Reads until the command, which holds the other end, closes it or dies; then kills its own group.
+KEEPER = ("sh", "-c", "read _; kill -9 0")
 
 logger = logging.getLogger(__name__)
 
 
-def start(needed_cpus: float, exactly: int | None, reads: bool) -> None:
-    """Starts it and connects to it; the arguments are those of `connection.connected`.
+@contextlib.contextmanager
+def local_cluster(needed_cpus: float, exactly: int | None, reads: bool) -> Iterator[None]:
+    """Starts it and is connected to it; the arguments are those of `connection.connected`.
 
     Raises:
         BadInput: there is no folder for its files.
     """
-    cpus = exactly or max(usable_cpus(), math.ceil(needed_cpus))
     folder = folder_for_ray()
     if folder == SHORT_FOLDER != (usual := usual_folder()):
         logger.warning("%s is too long a path for Ray's sockets: they lie in %s", usual, folder)
     with unheeded():
-        ray.init(
-            # Without it a cluster that runs on this machine for something else would be used.
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            _temp_dir=str(folder),
-            # Ray ends what is idle for a second beyond one process for each CPU. Reading tasks take
-            # less than a CPU each, and starting one anew takes longer than a task. Where nothing is
-            # read they only take time: Ray wakes each process a hundred times a second.
-            _system_config={
-                "num_workers_soft_limit": math.ceil(cpus / CPUS_PER_READ) + 1 if reads else 1
-            },
-        )
+        keeper = subprocess.Popen(KEEPER, stdin=subprocess.PIPE, process_group=0)
+    try:
+        with unheeded(), _daemons_in_group(keeper.pid):
+            _start(exactly or max(usable_cpus(), math.ceil(needed_cpus)), folder, reads)
+        yield
+    finally:
+        ray.shutdown()
+        # What the raylet had started and would have ended.
+        os.killpg(keeper.pid, signal.SIGKILL)
+        keeper.communicate()
 
 
-def stop() -> None:
-    """Disconnects and ends all of its processes."""
-    node = ray._private.worker._global_node  # pyright: ignore
-    for daemons in node.all_processes.values() if node is not None else ():
-        for daemon in daemons:
-            # Ray would begin with SIGTERM, and wait a second for each.
-            daemon.process.terminate = daemon.process.kill
-    ray.shutdown()
+def _start(cpus: int, folder: Path, reads: bool) -> None:
+    ray.init(
+        # Without it a cluster that runs on this machine for something else would be used.
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        _temp_dir=str(folder),
+        # Ray ends what is idle for a second beyond one process for each CPU. Reading tasks take
+        # less than a CPU each, and starting one anew takes longer than a task. Where nothing is
+        # read they only take time: Ray wakes each process a hundred times a second.
+        _system_config={
+            "num_workers_soft_limit": math.ceil(cpus / CPUS_PER_READ) + 1 if reads else 1
+        },
+    )
+
+
+class _Daemon(services.ConsolePopen):
+    """One that Ray kills where it would send SIGTERM, in vain, and then wait for a second."""
+
+    terminate = subprocess.Popen.kill
+
+
+@contextlib.contextmanager
+def _daemons_in_group(group: int) -> Iterator[None]:
+    usual = services.ConsolePopen
+    services.ConsolePopen = functools.partial(_Daemon, process_group=group)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = usual
 
 
 def usual_folder() -> Path:

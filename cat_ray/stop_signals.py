@@ -68,11 +68,11 @@ def stoppable(stop: Stop | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unheeded() -> Iterator[None]:
-    """Processes that are started in this block, and theirs, never receive SIGTERM and SIGHUP.
+    """Processes that are started in this block, and theirs, never receive a stop signal.
 
     Unlike handlers, blocked signals stay blocked in a new program, whatever it sets.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
     finally:

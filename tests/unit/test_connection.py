@@ -17,7 +17,13 @@ from cat_ray import local_ray, ray_address
 from cat_ray.cli import app
 from cat_ray.cpus import usable_cpus
 from cat_ray.errors import BadInput
-from cat_ray.local_ray import LONGEST_SOCKET, SHORT_FOLDER, SOCKET_BYTES, folder_for_ray
+from cat_ray.local_ray import (
+    LONGEST_SOCKET,
+    SHORT_FOLDER,
+    SOCKET_BYTES,
+    folder_for_ray,
+    local_cluster,
+)
 from cat_ray.ray_address import named_cluster
 
 
@@ -158,5 +164,6 @@ def test_a_cluster_of_ones_own_has_the_usable_cpus_or_what_is_needed(
     asked = {}
     monkeypatch.setattr(local_ray, "usable_cpus", lambda: 3)
     monkeypatch.setattr(local_ray.ray, "init", lambda **settings: asked.update(settings))
-    local_ray.start(needed, exactly, reads=True)
+    with local_cluster(needed, exactly, reads=True):
+        pass
     assert asked["num_cpus"] == expected
