@@ -97,7 +97,8 @@ def session_of(config: Config, number: int, roll_backs: int) -> SessionWithBadSt
         stop=config.run.total_images,
         window_bytes=16,
         checkpoint=found.uri if found else None,
-        worker_group=f"group{number}",
+        # Six hexadecimal digits, as every name of a checkpoint ends.
+        worker_group=f"{number:06x}",
         began=0.0,
         noise_stream=roll_backs,
         gone_nodes=(),
