@@ -3,9 +3,11 @@
 Where a worker group gives way, the next one goes on as the driver would let it.
 """
 
+import gc
 import json
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,7 +82,7 @@ def batches(config: Config, start: int, lanes: range) -> Iterator[Batch]:
         yield Batch(content[own], labels[own], none[own], none[own])
 
 
-def session_of(config: Config, number: int, roll_backs: int, case: dict) -> SessionWithBadSteps:
+def session_of(config: Config, number: int, roll_backs: int) -> SessionWithBadSteps:
     """The session of a worker group, from the newest checkpoint."""
     run = locate(config.run.folder)
     found = newest_sound(run)
@@ -95,7 +97,8 @@ def session_of(config: Config, number: int, roll_backs: int, case: dict) -> Sess
         stop=config.run.total_images,
         window_bytes=16,
         checkpoint=found.uri if found else None,
-        worker_group=f"group{number}",
+        # Six hexadecimal digits, as every name of a checkpoint ends.
+        worker_group=f"{number:06x}",
         began=0.0,
         noise_stream=roll_backs,
         gone_nodes=(),
@@ -105,33 +108,54 @@ def session_of(config: Config, number: int, roll_backs: int, case: dict) -> Sess
     stream: Any = SimpleNamespace(
         due=due, lanes=lanes, batches=lambda: batches(config, start, lanes)
     )
-    session = SessionWithBadSteps(config, stream, "session", Injector(run, (), 0))
-    session.bad, session.how = tuple(case["bad"]), case["how"]
-    return session
+    return SessionWithBadSteps(config, stream, "session", Injector(run, (), 0))
+
+
+def ends_of_groups(config: Config, bad: Sequence[int], how: str) -> list[list]:
+    """Trains to the end of the run: each worker group's first and last images, and how it ended."""
+    ends: list[list] = []
+    for number in range(MOST_GROUPS):
+        roll_backs = len([end for *_, end in ends if end == "roll-back"])
+        session = session_of(config, number, roll_backs)
+        session.bad, session.how = tuple(bad), how
+        start, end = session.images, "finished"
+        try:
+            train(session)
+        except GaveWay as gave_way:
+            end = gave_way.cause
+        session.__exit__(None, None, None)
+        distributed.barrier()
+        # DeepSpeed collects garbage with every engine: what is loaded by now is none.
+        gc.freeze()
+        ends.append([start, session.images, end])
+        if end == "finished":
+            break
+    return ends
+
+
+def copy_checkpoints(run: Path, to: Path, images: int) -> None:
+    """Copies a run's checkpoints of up to so many images."""
+    for state in run.glob("checkpoints/*/state.json"):
+        if json.loads(state.read_text())["images"] <= images:
+            shutil.copytree(state.parent, to / "checkpoints" / state.parent.name)
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    text = (folder / "job.yaml").read_text()
     for case in json.loads(sys.argv[2]):
-        changes = (*case["changes"], f"run.folder={folder}/{case['name']}")
-        config = parse((folder / "job.yaml").read_text(), "job", changes)
-        ends: list[list] = []
-        roll_backs = 0
-        for number in range(MOST_GROUPS):
-            session = session_of(config, number, roll_backs, case)
-            start, end = session.images, "finished"
-            try:
-                train(session)
-            except GaveWay as gave_way:
-                end = gave_way.cause
-                roll_backs += 1
-            session.__exit__(None, None, None)
+        run, again = folder / case["name"], folder / f"{case['name']}-again"
+        for place, bad in ((run, case["bad"]), (again, ())):
+            if place == again and rank == 0:
+                copy_checkpoints(run, again, case["again_from"])
             distributed.barrier()
-            ends.append([start, session.images, end])
-            if end == "finished":
+            config = parse(text, "job", (*case["changes"], f"run.folder={place}"))
+            ends = ends_of_groups(config, bad, case["how"])
+            Path(f"{place}.{rank}.json").write_text(json.dumps(ends))
+            if case["again_from"] is None:
                 break
-        (folder / f"{case['name']}.{distributed.get_rank()}.json").write_text(json.dumps(ends))
     distributed.destroy_process_group()
 
 

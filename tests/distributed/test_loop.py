@@ -1,7 +1,6 @@
 """The loop with bad steps: none is saved, a run goes back to the last good one, no bit is lost."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,12 +33,16 @@ CHANGES = (
 
 @dataclass(frozen=True)
 class Case:
-    """A run in which steps that end at these images are bad, see `loop_steps.py`."""
+    """A run in which steps that end at these images are bad, see `loop_steps.py`.
+
+    With `again_from`, another run, NAME-again, goes on from its checkpoint of so many images.
+    """
 
     name: str
     stage: int
     bad: tuple[int, ...] = ()
     how: str = "reals"
+    again_from: int | None = None
 
     @property
     def changes(self) -> tuple[str, ...]:
@@ -59,12 +62,13 @@ def cases() -> list[Case]:
         )
     ]
     skipped = [
-        Case(f"skipped-{how}{stage}", stage, (48,), how)
+        Case(f"skipped-{how}{stage}", stage, (48,), how, RESUMED_FROM)
         for stage in STAGES[1:]
         for how in ("reals", "penalty")
     ]
     untold = [Case(f"untold{images}", 0, (images,), "gradient") for images in (64, TOTAL)]
-    return [*each, *skipped, *untold]
+    # Stage 3 last: with it DeepSpeed replaces torch's linear function, for good.
+    return sorted([*each, *skipped, *untold], key=lambda case: case.stage)
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,6 @@ def trained(
             folder = tmp_path_factory.mktemp(f"loop{size}")
             (folder / "job.yaml").write_text(tiny_job)
             run_group(SCRIPT, size, str(folder), listed(cases()))
-            skipped = [case for case in cases() if case.name.startswith("skipped")]
-            for case in skipped:
-                for checkpoint in (folder / case.name / "checkpoints").iterdir():
-                    if int(checkpoint.name.split("-")[1]) <= RESUMED_FROM:
-                        copy = folder / f"{case.name}-again" / "checkpoints" / checkpoint.name
-                        shutil.copytree(checkpoint, copy)
-            again = [Case(f"{case.name}-again", case.stage) for case in skipped]
-            run_group(SCRIPT, size, str(folder), listed(again))
             known[size] = Trained(folder)
         return known[size]
 
