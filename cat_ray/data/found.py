@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cat_ray.data.names import counted, named
+from cat_ray.data.names import counted, named, one_line
 from cat_ray.data.preparation import Preparation
 from cat_ray.data.sources import Source, Unit, guess_kind, list_units
 
@@ -31,9 +31,12 @@ class Found:
         lines = [f"found {count:,} samples in {self.source.place.uri} ({kind})"]
         if len(self.classes) > 1:
             last = len(self.classes) - 1
-            lines[0] += f", class 0 is {self.classes[0]}, class {last} is {self.classes[last]}"
+            first, final = one_line(self.classes[0]), one_line(self.classes[last])
+            lines[0] += f", class 0 is {first}, class {last} is {final}"
         elif self.classes:
-            lines[0] += f", all of one class, {self.classes[0]}, for unconditional training"
+            lines[0] += (
+                f", all of one class, {one_line(self.classes[0])}, for unconditional training"
+            )
         if self.left_out:
             lines.append(f"left out: {counted(self.left_out)}")
         if all(map(str.isdecimal, self.classes)):

@@ -69,7 +69,7 @@ def splits_of(paths: Iterable[str]) -> dict[str, str]:
 
 def named(names: Collection[str]) -> str:
     """Some names for a message, the first few of many."""
-    some = sorted(names)[:NAMED]
+    some = [one_line(name) for name in sorted(names)[:NAMED]]
     return ", ".join(some) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
@@ -77,3 +77,8 @@ def counted(counts: Mapping[str, int]) -> str:
     """What there is how often, for a message, the most frequent first."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{what} ({count:,})" for what, count in ordered)
+
+
+def one_line(name: str) -> str:
+    """A foreign name for a message: it may hold line ends."""
+    return name.replace("\n", "\\n").replace("\r", "\\r")

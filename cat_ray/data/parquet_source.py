@@ -1,7 +1,7 @@
 """Images and class ids in Parquet files, as Hugging Face has them, a row group at a time."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,8 +9,9 @@ import pyarrow.parquet
 from pyarrow import types
 
 from cat_ray.data.labels import class_id
+from cat_ray.data.names import one_line
 from cat_ray.data.tree import check_is_one_split, files_of
-from cat_ray.data.units import Encoded, Source, Unit, key_of, place_of
+from cat_ray.data.units import LOOKED_AT, Encoded, Source, Unit, key_of, place_of, some_of
 from cat_ray.errors import BadInput, Damaged, last_line
 from cat_ray.storage import Location
 
@@ -18,11 +19,11 @@ PARQUET = ".parquet"
 # Column chunks are read in pieces: a row group may have gigabytes.
 PIECE_BYTES = 2**20
 IMAGES_TOGETHER, LABELS_TOGETHER = 16, 2**16
-NO_IMAGE, NO_CLASS = "rows without an image", "rows without a class"
+NO_CLASS = "rows without a class"
 
 
 def list_row_groups(source: Source, left_out: Counter[str]) -> list[Unit]:
-    """A unit for each row group; all labels are looked at, the images only by their type.
+    """A unit for each row group; all labels are looked at, and a few images.
 
     Raises:
         BadInput: a file is none of Parquet, or its columns hold no images or no class ids.
@@ -39,6 +40,7 @@ def list_row_groups(source: Source, left_out: Counter[str]) -> list[Unit]:
                 _check_columns(source, place, table)
                 _check_labels(source, place, table, left_out)
         units += [Unit(name, group, group + 1, count) for group, count in enumerate(counts)]
+    _check_images(source, some_of(units))
     return units
 
 
@@ -97,22 +99,24 @@ def _check_columns(source: Source, place: Location, table: pyarrow.parquet.Parqu
     if missing := set(wanted) - set(names):
         raise BadInput(
             f"{place.uri} has no column {' or '.join(sorted(missing))}, it has "
-            f"{', '.join(names)}: set source.image_column and .label_column"
+            f"{', '.join(map(one_line, names))}: set source.image_column and .label_column"
         )
     for name in wanted:
         if names.count(name) > 1:
             raise BadInput(f"{place.uri} has {names.count(name)} columns {name}: rename the others")
     kind = schema.field(source.image_column).type
     if not _holds_images(kind):
+        shown = one_line(str(kind))
         url = " Images behind URLs must be downloaded first." if _is_text(kind) else ""
         raise BadInput(
-            f"{place.uri}: column {source.image_column} is of type {kind}, not encoded images "
+            f"{place.uri}: column {source.image_column} is of type {shown}, not encoded images "
             f"(bytes, or a struct with bytes as Hugging Face has it): set source.image_column.{url}"
         )
     kind = schema.field(source.label_column).type
     if not _holds_labels(kind):
+        shown = one_line(str(kind))
         raise BadInput(
-            f"{place.uri}: column {source.label_column} is of type {kind}, not class ids: set "
+            f"{place.uri}: column {source.label_column} is of type {shown}, not class ids: set "
             "source.label_column to one of whole numbers"
         )
 
@@ -120,7 +124,7 @@ def _check_columns(source: Source, place: Location, table: pyarrow.parquet.Parqu
 def _check_labels(
     source: Source, place: Location, table: pyarrow.parquet.ParquetFile, left_out: Counter[str]
 ) -> None:
-    """Counts rows that will be left out, as far as that is told without reading the images."""
+    """Counts rows without a class, and refuses what is no class id."""
     column, kind = source.label_column, table.schema_arrow.field(source.label_column).type
     found = Counter[Any]()
     for batch in table.iter_batches(LABELS_TOGETHER, columns=[column]):
@@ -135,21 +139,22 @@ def _check_labels(
             ) from error
         if number is None or number < 0:
             left_out[NO_CLASS] += count
-    groups = range(table.metadata.num_row_groups)
-    if missing := sum(_missing_images(source, table, group) for group in groups):
-        left_out[NO_IMAGE] += missing
 
 
-def _missing_images(source: Source, table: pyarrow.parquet.ParquetFile, group: int) -> int:
-    """Rows of a group without an image, where the file keeps count of them."""
-    paths = (source.image_column, f"{source.image_column}.bytes")
-    rows = table.metadata.row_group(group)
-    for number in range(rows.num_columns):
-        column = rows.column(number)
-        if column.path_in_schema in paths:
-            statistics = column.statistics
-            return statistics.null_count if statistics and statistics.has_null_count else 0
-    return 0
+def _check_images(source: Source, some: Sequence[Unit]) -> None:
+    """Looks whether images are there, before all is read: a file may hold only their paths.
+
+    Statistics would count them, but with a damaged file Arrow ends the process there.
+
+    Raises:
+        BadInput: some rows have none.
+    """
+    found = [s for unit in some for s in read_rows(source, unit, 0, min(unit.count, LOOKED_AT))]
+    if found and not any(sample.content for sample in found):
+        raise BadInput(
+            f"{source.place.uri}: none of {len(found):,} rows from all over it has an image in "
+            f"column {source.image_column}: write the files anew with the images' bytes in them"
+        )
 
 
 def _value_type(kind: pyarrow.DataType) -> pyarrow.DataType:

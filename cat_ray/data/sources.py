@@ -25,12 +25,12 @@ from cat_ray.data.parquet_source import PARQUET, list_row_groups, read_rows
 from cat_ray.data.tar import Member, members
 from cat_ray.data.tar_listing import Group, grouped, listed
 from cat_ray.data.tree import check_is_one_split, files_of, look_below
-from cat_ray.data.units import Encoded, Kind, Source, Unit, key_of, place_of
+from cat_ray.data.units import LOOKED_AT, Encoded, Kind, Source, Unit, key_of, place_of, some_of
 from cat_ray.errors import BadInput, Damaged
 from cat_ray.storage import Location
 
 TAR = ".tar"
-LOOKED_AT, LOOKED_TARS = 8, 4
+LOOKED_TARS = 4
 PADDED = 4
 Listing = tuple[list[Unit], tuple[str, ...]]
 
@@ -149,7 +149,6 @@ def _list_tars(source: Source, left_out: Counter[str]) -> Listing:
 def _list_webdataset(source: Source, left_out: Counter[str]) -> list[Unit]:
     files = files_of(source, TAR, left_out)
     check_is_one_split(source, files)
-    first: list[Unit] = []
     units = []
     for name, size in files.items():
         place, extents, end = place_of(source, name), [], 0
@@ -159,11 +158,9 @@ def _list_webdataset(source: Source, left_out: Counter[str]) -> list[Unit]:
             keys.add(group.key)
             extents.append(group.begin)
             end = group.end
-            if len(first) < LOOKED_AT:
-                first.append(Unit(name, group.begin, group.end, 1))
         for begin, stop, count in blocks_of([*extents, end]):
             units.append(Unit(name, begin, stop, count))
-    _check_classes(source, first)
+    _check_classes(source, some_of(units))
     return units
 
 
@@ -186,17 +183,17 @@ def _check_group(group: Group, shard: str, keys: set[str], left_out: Counter[str
         left_out["samples without a class"] += 1
 
 
-def _check_classes(source: Source, first: Sequence[Unit]) -> None:
+def _check_classes(source: Source, some: Sequence[Unit]) -> None:
     """Looks whether labels are there as they should be, before all is read.
 
     Raises:
-        BadInput: of the first samples none has a class.
+        BadInput: of some samples none has a class.
     """
-    found = [sample for unit in first for sample in _read_block(source, unit)]
+    found = [sample for unit in some for sample in _read_block(source, unit)]
     if found and all(sample.label < 0 for sample in found):
         why = found[0].problem or f"its class is {found[0].label}"
         raise BadInput(
-            f"{source.place.uri}: none of the first {len(found)} samples has a class, such as "
+            f"{source.place.uri}: none of {len(found):,} samples from all over it has a class: "
             f"{found[0].key}: {why}. Add the classes; if each tar file is a class, set "
             "source.kind: tars"
         )

@@ -1,11 +1,13 @@
 """What a source of images is, and the units in which its samples are listed and read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from cat_ray.storage import Location
 
 Kind = Literal["mnist", "photographs", "folders", "tars", "webdataset", "parquet"]
+LOOKED_AT = 8
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,9 @@ def place_of(source: Source, file: str) -> Location:
 def key_of(name: str) -> str:
     """A file's name as a sample's key: without its ending, and without dots."""
     return name.rsplit(".", 1)[0].replace(".", "_")
+
+
+def some_of(units: Sequence[Unit]) -> Sequence[Unit]:
+    """A few units from all over a source, for a look before all is read."""
+    filled = [unit for unit in units if unit.count]
+    return filled[:: -(-len(filled) // LOOKED_AT) or 1]
