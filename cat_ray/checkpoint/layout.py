@@ -129,8 +129,8 @@ class State:
     data_digest: str
     config: str
     versions: dict[str, str]
-    generator_steps: int | None = None
-    discriminator_steps: int | None = None
+    generator_steps: Count | None = None
+    discriminator_steps: Count | None = None
 
     def to_json(self) -> bytes:
         """The file's content."""

@@ -362,9 +362,12 @@ def is_state(content: bytes) -> bool:
         json.dumps(told, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return False
-    if not isinstance(told, dict) or told.keys() != asdict(state(LAST)).keys():
+    may_lack = {"generator_steps", "discriminator_steps"}
+    known = asdict(state(LAST)).keys()
+    if not isinstance(told, dict) or not known - may_lack <= told.keys() <= known:
         return False
-    numbers = [told["images"], told["noise_stream"]]
+    steps = [told[name] for name in may_lack & told.keys() if told[name] is not None]
+    numbers = [told["images"], told["noise_stream"], *steps]
     texts = [told["data_digest"], told["config"]]
     versions = told["versions"]
     return (
