@@ -429,7 +429,8 @@ def test_cost_tells_a_script_the_same_as_json(paid, tiny_job, prices, bills):
 
 
 def test_cost_counts_measurements_beside_the_training(paid):
-    rows = [{"kind": "measured", "images": 32 * i, "worker_seconds": 600.0} for i in (1, 2)]
+    row = {"kind": "measured", "session": "a", "worker_seconds": 600.0}
+    rows = [{**row, "images": 32 * i} for i in (1, 2)]
     (paid / MEASURED).write("".join(json.dumps(row) + "\n" for row in rows).encode())
     content = json.loads(succeed("cost", paid.uri, "--json"))
     assert content["worker_seconds"]["total"] == 4800

@@ -291,7 +291,8 @@ def test_recovery_times_are_read_off_a_ledger(tmp_path: Path):
         measured_by(run)
     lines = [json.dumps(each.__dict__).encode() + b"\n" for each in LEDGER_ROWS]
     (run / LEDGER / "all.jsonl").write(b"".join(lines))
-    checkpoint = {"kind": "checkpoint", "seconds": 3.0, "stall_seconds": 0.1}
+    checkpoint = {"kind": "checkpoint", "session": "a", "images": 32}
+    checkpoint |= {"seconds": 3.0, "stall_seconds": 0.1}
     (run / "metrics.jsonl").write(json.dumps(checkpoint).encode() + b"\n")
     measured = measured_by(run)
     assert (measured.times.killed, measured.stored_seconds, measured.stall_seconds) == (12, 3, 0.1)
