@@ -116,7 +116,7 @@ def run_drill(job, monkeypatch, save_checkpoint) -> Drill:
     """A drill of the tiny job, whose training leaves behind what the test says."""
 
     def act(faults: Sequence[Fault], left: Left) -> Drilled:
-        shard = Shard("0.tar", left.epoch_images, 1, "hash")
+        shard = Shard("0.tar", left.epoch_images, 10**6, "hash")
         index = Index("images", 32, 1, (left.epoch_images,), "", (shard,), "")
         (locate(job.data.shards) / INDEX_NAME).write(index.to_json())
         runs: list[str] = []

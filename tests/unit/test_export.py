@@ -170,7 +170,7 @@ def test_of_latents_it_is_told_how_they_are_scaled_where_the_shards_tell(
     tmp_path, tiny_job, save_checkpoint, out, same_shards, vae, factor, told
 ):
     index = Index(
-        *("latents", 32, 4, (1,) * 10, "test", (Shard("a.tar", 10, 1, "0" * 64),), ""),
+        *("latents", 32, 4, (1,) * 10, "test", (Shard("a.tar", 10, 10**6, "0" * 64),), ""),
         made_with={"scaling_factor": 0.25},
     )
     if same_shards is not None:
