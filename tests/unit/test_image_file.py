@@ -13,7 +13,14 @@ from PIL import Image
 from cat_ray.data import image_file
 from cat_ray.data.crop import center_crop
 from cat_ray.data.decode import decode_image
-from cat_ray.data.image_file import MAX_PIXELS, BrokenSample, open_image, opened_image
+from cat_ray.data.image_file import (
+    JPEG_SCAN,
+    MAX_PIXELS,
+    BrokenSample,
+    _scans,
+    open_image,
+    opened_image,
+)
 
 SIDE = 8
 
@@ -147,7 +154,7 @@ def test_the_size_of_every_kind_of_webp_is_read_from_its_header():
 
 
 MEASURE = """
-import re, sys
+import sys
 from pathlib import Path
 import numpy as np
 from cat_ray.data.decode import decode_image
@@ -161,8 +168,9 @@ for crop in (True, False):
             assert "89,478,485" in str(error), error
         else:
             raise AssertionError("it was decoded")
-# Not getrusage: its maximum begins with that of the process that started this one.
-print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]))
+# ru_maxrss would begin with the peak of the process that started this one.
+(peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
+print(int(peak.split()[1]) * 1024)
 """
 
 
@@ -180,6 +188,28 @@ def test_a_progressive_jpeg_of_thousands_of_scans_is_a_broken_sample():
         with pytest.raises(BrokenSample, match="too many scans"):
             decoded(content[:-2] + scan * 90 + content[-2:], channels)
         decoded(content, channels)
+
+
+@pytest.mark.parametrize(
+    ("options", "scans"),
+    [
+        ({}, 1),
+        ({"comment": JPEG_SCAN * 99, "icc_profile": JPEG_SCAN * 99}, 1),
+        ({"progressive": True}, 10),
+        ({"optimize": True, "restart_marker_rows": 1}, 1),
+    ],
+)
+def test_the_scans_of_a_jpeg_are_counted_where_there_can_be_many(options, scans):
+    assert _scans(encode(PICTURE, "JPEG", **options)) == scans
+    assert _scans(encode(PICTURE, "JPEG", **options)[:300]) <= 198
+
+
+def test_scans_of_single_components_are_counted_whatever_the_frame():
+    content = encode(PICTURE, "JPEG")
+    at = content.index(JPEG_SCAN)
+    one = content[: at + 4] + b"\1" + content[at + 5 :]
+    assert _scans(one + JPEG_SCAN * 7) == 8
+    assert _scans(content + JPEG_SCAN * 7) == 1
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 10**6), (10**6, 1), (3, 3 * 10**6)])
