@@ -1,0 +1,82 @@
+"""What becomes of the processes of a Ray of this machine's own, with stand-ins for its daemons."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+WAIT_SECONDS = 60
+# Prints the daemon and its child, as a raylet has its agents, then waits.
+COMMAND = """
+import os, sys, time
+import psutil
+from ray._private import services
+from cat_ray import local_ray
+from cat_ray.stop_signals import stoppable
+
+def start(cpus, folder, reads):
+    tree = ["sh", "-c", "sleep 1000 & echo $$ $! $PPID; sleep 1000"]
+    services.start_ray_process(tree, "raylet", fate_share=True)
+
+local_ray._start = start
+with stoppable(), local_ray.local_cluster(1, None, True):
+    time.sleep(1000)
+"""
+
+
+@pytest.fixture
+def started() -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    daemon, child, parent = (int(number) for number in process.stdout.readline().split())
+    assert parent == process.pid
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert {daemon, child} < {each.pid for each in below}
+    return process, below
+
+
+def to_group(process: subprocess.Popen, below: list[psutil.Process], number: int) -> None:
+    os.killpg(process.pid, number)
+
+
+def to_all(process: subprocess.Popen, below: list[psutil.Process], number: int) -> None:
+    for each in below:
+        each.send_signal(number)
+
+
+def test_daemons_are_no_part_of_the_commands_group(started) -> None:
+    process, below = started
+    assert {os.getpgid(each.pid) for each in below}.isdisjoint({process.pid})
+    process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signals_to_all_processes_leave_them_alive(started, number) -> None:
+    process, below = started
+    to_all(process, below, number)
+    assert psutil.wait_procs(below, timeout=1)[0] == []
+    process.kill()
+    assert psutil.wait_procs(below, timeout=WAIT_SECONDS)[1] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGQUIT])
+@pytest.mark.parametrize("send", [to_group, to_all])
+def test_none_outlives_the_command_however_it_ended(
+    started, number: int, send: Callable[..., None]
+) -> None:
+    process, below = started
+    if number != signal.SIGKILL:
+        send(process, below, signal.SIGTERM)
+    process.send_signal(number)
+    process.wait(timeout=WAIT_SECONDS)
+    assert psutil.wait_procs(below, timeout=WAIT_SECONDS)[1] == []
