@@ -44,6 +44,11 @@ NEVER_CLEANED_UP = """try:
             say('ready'); wait()
         finally:
             say('saving'); wait()"""
+FORKED = """import os
+        child = os.fork()
+        if child == 0:
+            say('ready'); say(os.getpid()); wait()
+        say(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])); time.sleep(0.2)"""
 # A lock that is never free: the main thread runs no handler of Python's while it waits for it.
 NATIVE = """import ctypes
         lock = ctypes.CDLL(None).pthread_mutex_lock
@@ -178,17 +183,12 @@ def test_what_comes_between_two_blocks_ends_the_next_one():
 
 
 def test_a_signal_to_a_forked_process_is_not_the_parents():
-    ready, begun = os.pipe()
-    with stoppable():
-        child = os.fork()
-        if child == 0:
-            os.write(begun, b".")
-            time.sleep(WAIT_SECONDS)
-            os._exit(0)
-        os.read(ready, 1)
-        os.kill(child, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
-        time.sleep(0.2)
+    process = started(FORKED)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    os.kill(child, signal.SIGTERM)
+    assert process.stdout.readline() == f"{-signal.SIGTERM}\n"
+    assert ended(process) == (0, "")
 
 
 @pytest.mark.parametrize("closed", ["terminal", "pipe"])
