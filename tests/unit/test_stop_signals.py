@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cat_ray.errors import Unfinished
@@ -114,6 +115,8 @@ def test_a_second_signal_ends_it_at_once_and_says_so(body, numbers, code):
 
 def test_a_second_signal_ends_it_while_the_main_thread_is_in_native_code():
     process = started(NATIVE)
+    while psutil.Process(process.pid).status() != psutil.STATUS_SLEEPING:
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
     time.sleep(2 * TOGETHER_SECONDS)
     assert process.poll() is None
