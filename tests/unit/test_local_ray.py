@@ -10,17 +10,21 @@ import psutil
 import pytest
 
 WAIT_SECONDS = 60
-# Prints the daemon and its child, as a raylet has its agents, then waits.
-COMMAND = """
-import os, sys, time
-import psutil
+# Not a shell, which unblocks what its children get.
+DAEMON = """
+import os, subprocess
+child = subprocess.Popen(["sleep", "1000"])
+print(os.getpid(), child.pid, os.getppid(), flush=True)
+child.wait()
+"""
+COMMAND = f"""
+import sys, time
 from ray._private import services
 from cat_ray import local_ray
 from cat_ray.stop_signals import stoppable
 
 def start(cpus, folder, reads):
-    tree = ["sh", "-c", "sleep 1000 & echo $$ $! $PPID; sleep 1000"]
-    services.start_ray_process(tree, "raylet", fate_share=True)
+    services.start_ray_process([sys.executable, "-c", {DAEMON!r}], "raylet", fate_share=True)
 
 local_ray._start = start
 with stoppable(), local_ray.local_cluster(1, None, True):
@@ -38,6 +42,7 @@ def started() -> tuple[subprocess.Popen[str], list[psutil.Process]]:
         start_new_session=True,
     )
     assert process.stdout is not None
+    # As a raylet and one of its agents.
     daemon, child, parent = (int(number) for number in process.stdout.readline().split())
     assert parent == process.pid
     below = psutil.Process(process.pid).children(recursive=True)
