@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cat_ray.errors import Unfinished
@@ -44,6 +45,11 @@ NEVER_CLEANED_UP = """try:
             say('ready'); wait()
         finally:
             say('saving'); wait()"""
+FORKED = """import os
+        child = os.fork()
+        if child == 0:
+            say('ready'); say(os.getpid()); wait()
+        say(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])); time.sleep(0.2)"""
 # A lock that is never free: the main thread runs no handler of Python's while it waits for it.
 NATIVE = """import ctypes
         lock = ctypes.CDLL(None).pthread_mutex_lock
@@ -109,6 +115,8 @@ def test_a_second_signal_ends_it_at_once_and_says_so(body, numbers, code):
 
 def test_a_second_signal_ends_it_while_the_main_thread_is_in_native_code():
     process = started(NATIVE)
+    while psutil.Process(process.pid).status() != psutil.STATUS_SLEEPING:
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
     time.sleep(2 * TOGETHER_SECONDS)
     assert process.poll() is None
@@ -178,17 +186,12 @@ def test_what_comes_between_two_blocks_ends_the_next_one():
 
 
 def test_a_signal_to_a_forked_process_is_not_the_parents():
-    ready, begun = os.pipe()
-    with stoppable():
-        child = os.fork()
-        if child == 0:
-            os.write(begun, b".")
-            time.sleep(WAIT_SECONDS)
-            os._exit(0)
-        os.read(ready, 1)
-        os.kill(child, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
-        time.sleep(0.2)
+    process = started(FORKED)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    os.kill(child, signal.SIGTERM)
+    assert process.stdout.readline() == f"{-signal.SIGTERM}\n"
+    assert ended(process) == (0, "")
 
 
 @pytest.mark.parametrize("closed", ["terminal", "pipe"])
