@@ -186,7 +186,9 @@ def test_windows_of_any_size_change_no_batch(data):
     lanes = share(stream.lanes, world_size, data.draw(st.integers(0, world_size - 1)))
     reading = Reading(locate("nowhere"), "images", 1, 2, crop=False, num_classes=1)
     step_bytes = len(lanes) * stream.lane_size * reading.sample_bytes()
-    shards = tuple(Shard(f"{n}.tar", count, 1024 * count, "") for n, count in enumerate(stream.counts))
+    shards = tuple(
+        Shard(f"{n}.tar", count, 1024 * count, "") for n, count in enumerate(stream.counts)
+    )
     due = Due(
         stream=stream,
         start=start,
