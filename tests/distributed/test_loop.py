@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("loop_steps.py")
 STAGES = (0, 1, 2, 3)
 SIZES = (1, 2)
 BATCH, SAVE_EVERY, TOTAL = 16, 32, 96
-# After 64 images some steps have been skipped, and some are still to come.
+# After 64 images a step has been skipped, and some are still to come.
 RESUMED_FROM = 64
 
 # Small networks: a step takes milliseconds. Saves, figures and grids come in the same steps.
@@ -62,7 +62,7 @@ def cases() -> list[Case]:
         )
     ]
     skipped = [
-        Case(f"skipped-{how}{stage}", stage, (48,), how, RESUMED_FROM)
+        Case(f"skipped-{how}{stage}", stage, (BATCH,), how, RESUMED_FROM)
         for stage in STAGES[1:]
         for how in ("reals", "penalty")
     ]
