@@ -20,7 +20,7 @@ from cat_ray.connection import connected
 from cat_ray.data.contact import SHOWN, contact_sheet, histogram
 from cat_ray.data.encoder import Encoder, Encodings
 from cat_ray.data.found import Found, look
-from cat_ray.data.index import INDEX_NAME, Index, Shard, read_index, write_index
+from cat_ray.data.index import INDEX_NAME, Index, Shard, dense, read_index, write_index
 from cat_ray.data.latents import CHANNELS, REDUCTION, load_vae
 from cat_ray.data.preparation import CARRIED, Output, Preparation
 from cat_ray.data.preparation import Source as SourceSection
@@ -244,7 +244,7 @@ def _finish(
     broken = [line for record in records for line in record["broken"]]
     (folder / BROKEN_NAME).write(json.dumps(broken, indent=1).encode())
     latents = output.contents == "latents"
-    class_counts = tuple(counts[label] for label in range(max(counts) + 1))
+    class_counts = dense(counts)
     (folder / HISTOGRAM_NAME).write(histogram(class_counts))
     (folder / CONTACT_NAME).write(contact_sheet(islice(read_plan(source, plans[0]), SHOWN), output))
     if latents:

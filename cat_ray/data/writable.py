@@ -1,5 +1,6 @@
 """Whether a folder can be written to, found before the work that would fill it."""
 
+import contextlib
 import tempfile
 
 from cat_ray.errors import BadInput
@@ -10,7 +11,7 @@ PROBE_NAME = ".write-probe"
 
 
 def check_writable(folder: Location, advice: str) -> None:
-    """Writes a little to a folder, or to the nearest one that it lies in, and leaves nothing there.
+    """Writes a little to a folder, or to the nearest one that it lies in, and deletes it again.
 
     Args:
         folder: it need not be there yet.
@@ -30,7 +31,9 @@ def _probe(folder: Location) -> None:
     local = folder.local_path
     if local is None:
         (folder / PROBE_NAME).write(b"")
-        (folder / PROBE_NAME).delete()
+        # Some may write and not delete; then it stays, with nothing in it.
+        with contextlib.suppress(BadInput):
+            (folder / PROBE_NAME).delete()
         return
     existing = next(place for place in (local, *local.parents) if place.exists())
     try:
