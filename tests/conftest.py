@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ import botocore.exceptions
 import psutil
 import pytest
 import torch
+from group_process import start
 from torch import Tensor
 
 from cat_ray.checkpoint.layout import GENERATOR, State, average_group
@@ -160,29 +162,30 @@ def run_group() -> RunGroup:
 
     def run(script: Path, world_size: int, *arguments: str) -> None:
         port = free_port()
-        processes = []
-        for rank in range(world_size):
-            environment = {
-                **os.environ,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "OMP_NUM_THREADS": "1",
-            }
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, str(script), *arguments],
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
+        with tempfile.TemporaryDirectory() as folder:
+            outputs = [Path(folder) / str(rank) for rank in range(world_size)]
+            processes = [
+                start(
+                    script,
+                    arguments,
+                    {
+                        "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": str(port),
+                        "RANK": str(rank),
+                        "LOCAL_RANK": str(rank),
+                        "WORLD_SIZE": str(world_size),
+                    },
+                    output,
                 )
-            )
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
-        codes = [process.returncode for process in processes]
-        assert codes == [0] * world_size, "\n".join(outputs)[-8000:]
+                for rank, output in enumerate(outputs)
+            ]
+            for process in processes:
+                process.join(timeout=600)
+            codes = [process.exitcode for process in processes]
+            for process in processes:
+                process.kill()
+            told = "\n".join(output.read_text() for output in outputs if output.exists())
+        assert codes == [0] * world_size, told[-8000:]
 
     return run
 

@@ -13,7 +13,6 @@ from cat_ray.storage import locate
 
 SCRIPT = Path(__file__).with_name("loop_steps.py")
 STAGES = (0, 1, 2, 3)
-SIZES = (1, 2)
 BATCH, SAVE_EVERY, TOTAL = 16, 32, 96
 # After 64 images a step has been skipped, and some are still to come.
 RESUMED_FROM = 64
@@ -129,7 +128,7 @@ def listed(cases: list[Case]) -> str:
     return json.dumps([{**asdict(case), "changes": case.changes} for case in cases])
 
 
-sizes = pytest.mark.parametrize("size", SIZES)
+sizes = pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 2])
 stages = pytest.mark.parametrize("stage", STAGES)
 
 

@@ -66,7 +66,8 @@ def test_kills_change_no_bit_and_resizes_little_more_than_rounding(tiny_job: str
     assert {"generator.moments", "discriminator.moments"} <= named
 
 
-@pytest.mark.parametrize("who", ["driver", "worker"])
+# With others, the driver gets it in ray/test_signals.py.
+@pytest.mark.parametrize("who", [pytest.param("driver", marks=pytest.mark.long), "worker"])
 def test_a_termination_signal_costs_nothing_beyond_the_running_step(
     who: str, long_job: Path, tmp_path: Path, train_workers
 ) -> None:

@@ -136,6 +136,8 @@ def shards(s3_server) -> Location:
     return place
 
 
+# The default run has outages of seconds and one without an end: promises/test_bad_nights.py.
+@pytest.mark.long
 def test_storage_that_is_down_for_half_a_minute_delays_training_and_no_more(
     s3_server, shards, tmp_path
 ) -> None:
