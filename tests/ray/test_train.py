@@ -95,6 +95,8 @@ def test_neither_a_kill_nor_measurements_beside_it_change_a_run(
     assert finished.returncode == 0 and "report.html" in finished.stdout
 
 
+# The default run trains on S3 in promises/test_bad_nights.py.
+@pytest.mark.long
 def test_the_same_job_runs_on_s3_by_changing_uris(job_file: Path, s3_server) -> None:
     base = f"s3://{s3_server.bucket}/job"
     result = train(
