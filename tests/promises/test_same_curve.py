@@ -101,6 +101,8 @@ def test_a_sick_gan_goes_back_with_other_noise_and_says_why(long_job: Path, tmp_
     assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 1)
 
 
+# The default run has the same in distributed/test_loop.py, without Ray.
+@pytest.mark.long
 def test_a_nan_in_a_step_that_saves_and_in_the_last_one_is_neither_saved_nor_the_end(
     job_file: Path, tmp_path: Path
 ) -> None:

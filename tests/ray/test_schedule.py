@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from cat_ray.checkpoint.layout import STATE, read_manifest
 from cat_ray.checkpoint.read import newest, read_config, read_state
 from cat_ray.operations.journal import read_rows
@@ -51,14 +53,16 @@ def hashes(run: Location) -> dict[str, str]:
     return {record.name: record.sha256 for record in records if record.name != STATE}
 
 
+@pytest.mark.parametrize("killed_in", [(2,), pytest.param((1, 2), marks=pytest.mark.long)])
 def test_a_kill_in_any_phase_changes_no_bit_of_a_job_in_phases(
-    job_file: Path, tmp_path: Path
+    killed_in: tuple[int, ...], job_file: Path, tmp_path: Path
 ) -> None:
     text = job_file.read_text().replace("total_images: 64", f"total_images: {2 * PHASE_IMAGES}")
     job_file.write_text(text + SCHEDULE)
     folder = tmp_path / "run"
     first, second = (locate(f"{folder}/phase-{number}") for number in (1, 2))
-    for begun in (first, second):
+    for number in killed_in:
+        begun = (first, second)[number - 1]
         assert killed_once(begun, job_file, folder) < PHASE_IMAGES, "it was over before the kill"
     assert newest(first) is not None and not (folder / "outcome.json").exists()
     again = subprocess.run(command(job_file, folder), capture_output=True, text=True)

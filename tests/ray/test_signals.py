@@ -39,7 +39,7 @@ def send_to_all(processes: list[psutil.Process], number: signal.Signals) -> None
         process.send_signal(number)
 
 
-@pytest.mark.parametrize("to", ["group", "terminal", "all"])
+@pytest.mark.parametrize("to", [pytest.param("group", marks=pytest.mark.long), "terminal", "all"])
 def test_a_signal_to_more_than_the_command_saves(to: str, job_file: Path, tmp_path: Path) -> None:
     job_file.write_text(job_file.read_text().replace("total_images: 64", "total_images: 64000"))
     run, log = tmp_path / "run", tmp_path / "log"
