@@ -16,7 +16,7 @@ from cat_ray.operations.journal import read_rows
 from cat_ray.storage import Location, locate
 
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))
-KILL_AFTER_SECONDS = 300
+KILL_AFTER_SECONDS = 600
 PHASE_IMAGES = 320
 SCHEDULE = """
 schedule:

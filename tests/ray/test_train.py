@@ -24,7 +24,7 @@ from cat_ray.storage import Location, locate
 from cat_ray.training.process import worker_environment
 
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))
-KILL_AFTER_SECONDS = 300
+KILL_AFTER_SECONDS = 600
 
 
 def train(job: Path, *changes: str) -> subprocess.CompletedProcess[str]:
