@@ -248,6 +248,36 @@ class Location:
             # Another process removed it in the meantime, or an attempt that got no answer did.
             return
 
+    def is_link(self) -> bool:
+        """Whether this is a link to another place."""
+        return self.local_path is not None and self.local_path.is_symlink()
+
+    def odd_names(self) -> list[str]:
+        """What lies directly below and is neither a file nor a folder: links, pipes, sockets."""
+        if self.local_path is None or not self.local_path.is_dir():
+            return []
+
+        def odd() -> list[str]:
+            with os.scandir(str(self.local_path)) as entries:
+                return sorted(
+                    entry.name
+                    for entry in entries
+                    if not (
+                        entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)
+                    )
+                )
+
+        return self._ask(odd)
+
+    def delete_files(self, is_own: Callable[[str], object]) -> None:
+        """Removes the files whose names `is_own` knows, and the folder if nothing else is in it."""
+        if self.is_link():
+            return
+        for name in filter(is_own, self.sizes()):
+            (self / name).delete()
+        if not (self.sizes() or self.folders() or self.odd_names()):
+            self.delete_folder()
+
     def delete_folder(self) -> None:
         """Removes a folder and the files in it."""
         # One by one: servers other than AWS refuse the bulk deletion of the AWS SDK.

@@ -23,7 +23,7 @@ from cat_ray.checkpoint.layout import (
     read_whole,
 )
 from cat_ray.checkpoint.records import LONGEST_SHOWN, first_problem
-from cat_ray.errors import BadInput, Damaged, ExpectedError, NotFound
+from cat_ray.errors import BadInput, Damaged, ExpectedError, NotFound, printable
 from cat_ray.storage import Location
 
 LEASE_SECONDS = 3600.0
@@ -201,13 +201,15 @@ def _drop_old(
 
 
 def _delete(folder: Location) -> None:
-    foreign = _foreign(folder)
-    if foreign:
+    if folder.is_link():
+        logger.warning("%s is kept, for it is a link, and may be another run's", folder.uri)
+        return
+    if foreign := _foreign(folder):
         logger.warning(
             "%s is kept, for it holds %s, which is not cat-ray's: move that elsewhere to have the "
             "checkpoint deleted",
             folder.uri,
-            foreign[0],
+            printable(foreign[0]),
         )
         return
     # Without it the rest is no checkpoint, should the deletion break off.
@@ -217,13 +219,10 @@ def _delete(folder: Location) -> None:
         # A reader looks for the manifest after it wrote its lease: one of the two sees the other.
         (folder / MANIFEST).write(manifest)
         return
-    for name in filter(is_own_file, folder.sizes()):
-        (folder / name).delete()
-    if not _foreign(folder):
-        folder.delete_folder()
+    folder.delete_files(is_own_file)
 
 
 def _foreign(folder: Location) -> list[str]:
     """What lies in a checkpoint's folder that this program did not put there."""
     names = [name for name in folder.sizes() if not is_own_file(name)]
-    return [*names, *(found.name for found in folder.folders())]
+    return [*folder.odd_names(), *names, *(found.name for found in folder.folders())]

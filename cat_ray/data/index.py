@@ -18,7 +18,7 @@ from annotated_types import Ge, Le
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from cat_ray.errors import BadInput, Damaged
+from cat_ray.errors import BadInput, Damaged, NotFound
 from cat_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -119,6 +119,23 @@ def dense(class_counts: Mapping[int, int]) -> tuple[int, ...]:
             f"class id {wrong[0]} is not in 0 to {MAX_CLASSES - 1:,}: number the classes from 0 on"
         )
     return tuple(class_counts.get(label, 0) for label in range(max(class_counts, default=-1) + 1))
+
+
+def check_is_ours(folder: Location) -> None:
+    """Looks whether an index that is to be replaced is one of cat-ray's, or only half of one.
+
+    Raises:
+        BadInput: it is another program's.
+    """
+    place = folder / INDEX_NAME
+    try:
+        found = json.loads(place.read())
+    except NotFound:
+        return
+    except (ValueError, RecursionError):
+        found = {"format": FORMAT}
+    if not (isinstance(found, dict) and {"format", "shards"} & found.keys()):
+        raise BadInput(f"{place.uri} is another program's: move it elsewhere, then index again")
 
 
 def write_index(folder: Location, index: Index, extents: Extents) -> Index:

@@ -7,7 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cat_ray.connection import connected
-from cat_ray.data.index import INDEX_NAME, MAX_CLASSES, Index, Shard, dense, write_index
+from cat_ray.data.index import (
+    INDEX_NAME,
+    MAX_CLASSES,
+    Index,
+    Shard,
+    check_is_ours,
+    dense,
+    write_index,
+)
 from cat_ray.data.look import Look, look_at
 from cat_ray.data.sources import TAR
 from cat_ray.data.tasks import run_tasks
@@ -62,6 +70,7 @@ def index_shards(
         others = f", nor {len(missing) - 1} others" if missing[1:] else ""
         raise BadInput(f"{folder.uri} has no {missing[0]}{others}")
     check_writable(folder, ADVICE)
+    check_is_ours(folder)
     rows = [{"name": name, "bytes": found[name]} for name in names]
     settings = {"folder": folder, "verify": verify}
     looks: dict[str, Look] = {}

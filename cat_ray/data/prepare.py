@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from cat_ray.connection import connected
+from cat_ray.connection import check_connection, connected
 from cat_ray.data.contact import SHOWN, contact_sheet, histogram
 from cat_ray.data.encoder import Encoder, Encodings
 from cat_ray.data.found import Found, look
@@ -30,7 +30,7 @@ from cat_ray.data.shard_task import Encode, image_entries, latent_entries, read_
 from cat_ray.data.sources import Source
 from cat_ray.data.tasks import run_tasks
 from cat_ray.data.writable import check_writable
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, Damaged
 from cat_ray.folder_lock import is_lock, locked
 from cat_ray.objective.alignment import load_teacher
 from cat_ray.operations.counting import Counting
@@ -62,6 +62,8 @@ def prepare(job: Preparation, tell: Callable[[str], None] = lambda _: None) -> I
     else:
         # Looking at the source may take an hour.
         check_writable(folder, "choose another output.folder")
+        if job.source.kind != "mnist":
+            check_connection()
     found = look(job)
     own = _identity(job, found)
     claimed = _is_claimed(folder, own)
@@ -77,12 +79,12 @@ def prepare(job: Preparation, tell: Callable[[str], None] = lambda _: None) -> I
 
 def _prepare(job: Preparation, folder: Location, found: Found) -> Index:
     output, source, units = job.output, found.source, found.units
+    plans = list(plan_shards(units, output.shard_images, output.seed))
     if (folder / INDEX_NAME).exists():
         # A kill came before the records were removed.
-        (folder / RECORDS).delete_folder()
+        _remove_records(folder, plans)
         return read_index(folder)
     made_with = _made_with(job)
-    plans = list(plan_shards(units, output.shard_images, output.seed))
     done = {name.removesuffix(".json") for name in (folder / RECORDS).sizes()}
     left = [plan for plan in plans if plan.name not in done]
     if source.kind == "mnist":
@@ -131,7 +133,7 @@ def _is_claimed(folder: Location, own: Mapping[str, Any]) -> bool:
     names = {name for name in folder.sizes() if not is_lock(name)}
     place = folder / JOB_NAME
     if place.exists():
-        changed = list(_changes(json.loads(place.read()), own))
+        changed = list(_changes(_read_object(place), own))
         # Of a job that failed before it had written anything another may take the place.
         if changed and (names != {JOB_NAME} or folder.folders()):
             raise BadInput(
@@ -142,6 +144,23 @@ def _is_claimed(folder: Location, own: Mapping[str, Any]) -> bool:
     if names or folder.folders():
         raise BadInput(f"{folder.uri} isn't empty: choose another output.folder")
     return False
+
+
+def _read_object(place: Location) -> dict[str, Any]:
+    """A JSON object that an earlier call wrote.
+
+    Raises:
+        Damaged: it is none any more.
+    """
+    try:
+        found = json.loads(place.read())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise Damaged(
+            f"{place.uri} is damaged: restore it, or choose another output.folder to begin anew"
+        )
+    return found
 
 
 def _changes(
@@ -234,7 +253,7 @@ def _finish(
 ) -> Index:
     """Puts all records together to the index, draws what people look at, removes the records."""
     output = job.output
-    records = [json.loads((folder / RECORDS / f"{plan.name}.json").read()) for plan in plans]
+    records = [_read_object(folder / RECORDS / f"{plan.name}.json") for plan in plans]
     shards = [Shard(**record["shard"]) for record in records]
     counts = Counter[int]()
     for record in records:
@@ -267,5 +286,11 @@ def _finish(
         ),
         {record["shard"]["name"]: record["extents"] for record in records},
     )
-    (folder / RECORDS).delete_folder()
+    _remove_records(folder, plans)
     return index
+
+
+def _remove_records(folder: Location, plans: Sequence[ShardPlan]) -> None:
+    names = {f"{plan.name}.json" for plan in plans}
+    # A kill leaves a partial one.
+    (folder / RECORDS).delete_files((names | {f".{name}.partial" for name in names}).__contains__)

@@ -134,8 +134,11 @@ def _list_tars(source: Source, left_out: Counter[str]) -> Listing:
     check_are_no_splits(source, classes, TAR)
     units = []
     for label, (stem, (_, file, begin, end)) in enumerate(zip(classes, outer, strict=True)):
+        folders = set[str]()
         for member in listed(place_of(source, file), begin, end, left_out):
             if is_image(member.name):
+                folders.add(member.name.removeprefix("./").rpartition("/")[0])
+                _check_is_one_class(stem, folders)
                 key = key_of(f"{stem}/{member.name}")
                 units.append(Unit(file, member.start, member.start + member.size, 1, key, label))
             else:
@@ -144,6 +147,15 @@ def _list_tars(source: Source, left_out: Counter[str]) -> Listing:
     if empty := [name for label, name in enumerate(classes) if label not in used]:
         left_out[f"classes without an image ({named(empty)})"] += len(empty)
     return units, classes
+
+
+def _check_is_one_class(tar: str, folders: set[str]) -> None:
+    """Refuses a class tar whose images lie in several folders: those may be the classes."""
+    if len(folders) > 1:
+        raise BadInput(
+            f"{tar}{TAR} holds images in several folders, {named(sorted(folders))}: a tar of this "
+            "kind is a class. If the folders are classes, unpack it and give source.uri the folder"
+        )
 
 
 def _list_webdataset(source: Source, left_out: Counter[str]) -> list[Unit]:

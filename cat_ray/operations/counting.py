@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from cat_ray.errors import printable
+
 
 class Counting:
     """Counts parts as they are done, for as long as the block lasts."""
@@ -39,4 +41,5 @@ class Counting:
         self._done += 1
         self._bar.update(self._task, completed=self._done)
         if not self._console.is_terminal:
-            self._console.print(f"{self._done:,} of {self._total:,} {self._what}  {told}")
+            line = f"{self._done:,} of {self._total:,} {self._what}  {told}"
+            self._console.print(printable(line), markup=False)

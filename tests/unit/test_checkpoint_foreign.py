@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import string
 import time
 from pathlib import Path
@@ -363,3 +364,32 @@ def test_a_run_without_measurements_has_no_best(run):
     assert read_best(run) == []
     write_best(run, [folder_name(32, GROUP)])
     assert json.loads((run / BEST).read()) == read_best(run) == [folder_name(32, GROUP)]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "socket"])
+def test_a_checkpoint_with_what_is_no_file_in_it_stays_whole_and_is_told(run, kind, caplog):
+    first = save(run, 32)
+    save(run, 64)
+    path = local(first) / "notes"
+    if kind == "link":
+        path.symlink_to("/mnt/unmounted/notes")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        os.mknod(path, stat.S_IFSOCK)
+    before = sorted(each.name for each in local(first).iterdir())
+    drop_old(run, 1)
+    assert sorted(each.name for each in local(first).iterdir()) == before
+    assert "holds notes, which is not cat-ray's" in caplog.text
+
+
+def test_a_checkpoint_that_is_a_link_keeps_what_it_leads_to(run, tmp_path, caplog):
+    first = save(run, 32)
+    save(run, 64)
+    other = tmp_path / "another run's"
+    local(first).rename(other)
+    local(first).symlink_to(other)
+    before = content(other)
+    drop_old(run, 1)
+    assert content(other) == before and local(first).is_symlink()
+    assert "is kept, for it is a link" in caplog.text

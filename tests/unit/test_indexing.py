@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from cat_ray.cli import app
 from cat_ray.data import indexing
 from cat_ray.data.index import INDEX_NAME, read_extents, read_index
 from cat_ray.data.read import Reading, read_images
+from cat_ray.data.sources import Source, list_units
 from cat_ray.data.tar import sample_extents
+from cat_ray.errors import BadInput
 from cat_ray.storage import locate
 
 SIDE = 8
@@ -213,3 +216,23 @@ def test_an_index_is_what_it_was_before(tmp_path):
     }
     extents = read_extents(locate(str(tmp_path)), read_index(locate(str(tmp_path))))
     assert extents["0.tar"].tolist() == [2048 * n for n in range(7)]
+
+
+def test_another_programs_index_is_not_replaced(tmp_path):
+    write_tar(tmp_path / "a-000000.tar", six())
+    foreign = tmp_path / "index.json"
+    foreign.write_text('{"wids_version": 1, "shardlist": []}')
+    result = index(tmp_path)
+    assert result.exit_code == 2 and "is another program's" in result.stderr
+    assert foreign.read_text() == '{"wids_version": 1, "shardlist": []}'
+    # Half a file tells nothing, and may be ours.
+    foreign.write_text('{"format": ')
+    assert index(tmp_path).exit_code == 0
+
+
+def test_a_class_tar_with_images_in_several_folders_is_refused(tmp_path):
+    for name in ("part1", "part2"):
+        members = [(f"./{folder}/{n}.png", picture(n)) for folder in ("n01", "n02") for n in (1, 2)]
+        write_tar(tmp_path / f"{name}.tar", members)
+    with pytest.raises(BadInput, match=r"part1.tar holds images in several folders, n01.* n02"):
+        list_units(Source("tars", locate(str(tmp_path))), Counter())

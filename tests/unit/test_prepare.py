@@ -543,3 +543,24 @@ def test_a_second_prepare_of_the_same_folder_is_refused_and_told_who_is_at_it(tm
     ):
         prepare(digits(folder.uri, Storage()))
     assert not (folder / JOB_NAME).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"[", b"[]", b"null", 10**5 * b"["])
+def test_a_damaged_job_of_before_is_told_and_left_as_it_is(few_digits, tmp_path, content):
+    ours = job(locate(str(tmp_path)), shard_images=3)
+    prepare(ours)
+    (tmp_path / "preparation.json").write_bytes(content)
+    with pytest.raises(BadInput, match=r"preparation\.json is damaged: restore it"):
+        prepare(ours)
+    assert (tmp_path / "preparation.json").read_bytes() == content
+
+
+def test_what_somebody_put_among_the_records_stays(few_digits, tmp_path):
+    ours = job(locate(str(tmp_path)), shard_images=3)
+    prepare(ours)
+    records = tmp_path / RECORDS
+    (records / "mine").mkdir(parents=True)
+    (records / "mine" / "thesis.txt").write_text("x")
+    (records / "notes.txt").write_text("x")
+    prepare(ours)
+    assert sorted(path.name for path in records.rglob("*")) == ["mine", "notes.txt", "thesis.txt"]
