@@ -102,10 +102,13 @@ def is_lock(name: str) -> bool:
 
 
 def is_gone(claim: Claim) -> bool:
-    """Whether the command is known to have ended: its process is gone, or its lease is very old."""
-    if claim.time < time.time() - LEASE_SECONDS - CLOCK_SECONDS:
-        return True
-    return claim.machine == _machine() and _started(claim.process) != claim.started
+    """Whether the command is known to have ended: its process is gone, or its lease is very old.
+
+    A process of this machine that is there may have been stopped for long, and goes on.
+    """
+    if claim.machine == _machine():
+        return _started(claim.process) != claim.started
+    return claim.time < time.time() - LEASE_SECONDS - CLOCK_SECONDS
 
 
 class _Own:

@@ -168,3 +168,11 @@ def test_a_holder_whose_lock_was_taken_ends_at_once(folder):
     assert ended.returncode == 75
     assert "taken over" in ended.stderr
     assert ended.stdout == ""
+
+
+def test_a_process_here_that_was_stopped_for_long_still_holds_the_folder(folder, monkeypatch):
+    with locked(folder, "cat-ray train"):
+        now = time.time()
+        monkeypatch.setattr(folder_lock.time, "time", lambda: now + 10**6)
+        with pytest.raises(BadInput, match="is in use"), locked(folder, "cat-ray fid"):
+            pytest.fail("both are in")
