@@ -63,7 +63,7 @@ class Data(Section):
     """
 
     shards: Uri
-    num_classes: int = Field(gt=0)
+    num_classes: int = Field(gt=0, le=1_000_000)
     source: Literal["mnist"] | None = None
     max_broken_samples: int = Field(default=100, ge=0)
     block_images: int | None = Field(default=None, gt=0)

@@ -96,7 +96,10 @@ def _joined(address: str, environment: Mapping[str, str]) -> Iterator[None]:
             "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         ) from error
     except (OSError, ValueError) as error:
-        raise BadInput(f"RAY_ADDRESS={address} can't be used: {last_line(error)}") from error
+        raise BadInput(
+            f"RAY_ADDRESS={address} can't be used: {last_line(error)}. If that cluster wants a "
+            "token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from error
     except RuntimeError as error:
         if "ersion mismatch" not in str(error):
             raise

@@ -11,7 +11,7 @@ from cat_ray.errors import BadInput
 from cat_ray.uris import check_has_no_credentials
 
 # A job's sections are six deep, and a few hundred values.
-DEEPEST, MOST_VALUES = 50, 100_000
+DEEPEST, MOST_VALUES, LARGEST_BYTES = 50, 100_000, 2**20
 TAG = "tag:yaml.org,2002:"
 MERGE, TEXT, DATE = f"{TAG}merge", f"{TAG}str", f"{TAG}timestamp"
 TAGS = {f"{TAG}{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
@@ -46,7 +46,13 @@ def read_text(path: str) -> str:
     """
     check_has_no_credentials(path)
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            content = file.read(LARGEST_BYTES + 1)
+        if len(content) > LARGEST_BYTES:
+            raise BadInput(
+                f"{path} has more than {LARGEST_BYTES:,} bytes: that is no job, see jobs/"
+            )
+        return content.decode()
     except OSError as error:
         raise BadInput(f"can't read the job file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -137,5 +143,8 @@ def _told(error: Exception, text: str) -> str:
     if not isinstance(error, yaml.MarkedYAMLError):
         return "a value is not what its tag says"
     what = error.problem or error.context or "it can't be read"
+    if what.startswith("found undefined alias"):
+        # It quotes the name, which may be a value that begins with a star.
+        what = "an alias stands for nothing: put text that begins with * in quotes"
     mark = error.problem_mark or error.context_mark
     return f"line {mark.line + 1}, column {mark.column + 1}: {what}" if mark else what

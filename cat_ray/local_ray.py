@@ -22,7 +22,7 @@ from ray._private import services
 
 from cat_ray.cpus import usable_cpus
 from cat_ray.data.reading_task import CPUS_PER_READ
-from cat_ray.errors import BadInput
+from cat_ray.errors import BadInput, Unfinished
 from cat_ray.stop_signals import unheeded
 
 # The longest path of a socket on Linux, and the longest name that Ray gives to one in its folder.
@@ -41,6 +41,7 @@ def local_cluster(needed_cpus: float, exactly: int | None, reads: bool) -> Itera
 
     Raises:
         BadInput: there is no folder for its files.
+        Unfinished: it did not start in time.
     """
     folder = folder_for_ray()
     if folder == SHORT_FOLDER != (usual := usual_folder()):
@@ -59,6 +60,19 @@ def local_cluster(needed_cpus: float, exactly: int | None, reads: bool) -> Itera
 
 
 def _start(cpus: int, folder: Path, reads: bool) -> None:
+    try:
+        _init(cpus, folder, reads)
+    except Exception as error:
+        # Ray has no class for it.
+        if "timed out during startup" not in str(error):
+            raise
+        raise Unfinished(
+            "Ray did not start in time: this machine may be too busy, or out of memory. Run the "
+            f"same command again; its logs are below {folder}"
+        ) from error
+
+
+def _init(cpus: int, folder: Path, reads: bool) -> None:
     ray.init(
         # Without it a cluster that runs on this machine for something else would be used.
         address="local",

@@ -94,7 +94,7 @@ def inspect(
         table = Table("file", "bytes", "sha256", title=place.uri, title_justify="left")
         for record in read_manifest(place) or ():
             table.add_row(record.name, f"{record.bytes:,}", record.sha256[:16])
-        console = Console(soft_wrap=True)
+        console = Console(soft_wrap=True, markup=False, emoji=False)
         console.print(table)
         size = config.model.generator.size
         console.print(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass
+from math import isfinite
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -118,9 +119,9 @@ def summarise(
 
 def beside_seconds_of(rows: Iterable[Mapping[str, Any]]) -> float:
     """Worker-seconds of measurements beside the training, by a run's rows of figures."""
-    measured = (row for row in rows if row["kind"] == "measured")
+    measured = (row.get("worker_seconds") for row in rows if row["kind"] == "measured")
     # Rows that an earlier version wrote don't say.
-    return sum(row.get("worker_seconds", 0.0) for row in measured)
+    return sum(spent for spent in measured if isinstance(spent, int | float) and isfinite(spent))
 
 
 def bill(summary: Summary, per_hour: float) -> Bill:

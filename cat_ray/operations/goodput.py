@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from cat_ray.operations.lines import Lines, read_lines
 from cat_ray.operations.telling import Tell, at_once
@@ -30,6 +30,11 @@ Outcome = Literal["finished", "yielded", "failed"]
 
 BINS: tuple[Bin, ...] = get_args(Bin)
 ALL_BINS: tuple[AnyBin, ...] = get_args(AnyBin)
+
+# A row is read from a file that anybody may have changed.
+MOST_WORKERS, MOST_IMAGES = 1_000_000, 2**63
+Moment = Annotated[float, Field(allow_inf_nan=False)]
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
 
 _CLOCK_OFFSET = time.time() - time.monotonic()
 
@@ -56,12 +61,12 @@ class Row:
     """
 
     group: str
-    rank: int
-    workers: int
-    began: float
-    at: float
-    images: int
-    seconds: dict[Bin, float]
+    rank: Annotated[int, Field(ge=0)]
+    workers: Annotated[int, Field(gt=0, le=MOST_WORKERS)]
+    began: Moment
+    at: Moment
+    images: Annotated[int, Field(ge=0, lt=MOST_IMAGES)]
+    seconds: dict[Bin, Seconds]
     outcome: Outcome | None = None
     session: str = ""
 
@@ -163,7 +168,13 @@ def read_ledger(run: Location) -> list[Row]:
     """
     folder = run / LEDGER
     names = sorted(name for name in folder.sizes() if name.endswith(".jsonl"))
-    return [row for name in names for row in read_lines(folder / name, _ROW.validate_json)]
+    return [row for name in names for row in read_lines(folder / name, _parse_row)]
+
+
+def _parse_row(content: bytes) -> Row:
+    row = _ROW.validate_json(content)
+    # An older version may know fewer bins.
+    return replace(row, seconds={**dict.fromkeys(BINS, 0.0), **row.seconds})
 
 
 @dataclass(frozen=True)

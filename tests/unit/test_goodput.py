@@ -1,5 +1,6 @@
 """The goodput ledger: every worker-second in one bin, through kills, resizes and restarts."""
 
+import json
 import math
 import tempfile
 import time
@@ -475,3 +476,22 @@ def test_the_order_in_which_files_are_read_does_not_matter(groups, random):
     random.shuffle(workers)
     shuffled = account(groups_of(each for rows in workers for each in rows))
     assert shuffled == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"workers": 300_000_000},
+        {"images": 10**400},
+        {"began": -math.inf},
+        {"seconds": {"train": "x"}},
+    ],
+)
+def test_a_row_that_can_not_be_is_left_out(tmp_path, change):
+    run = locate(str(tmp_path))
+    row = {"group": "a", "rank": 0, "workers": 1, "began": 1.0, "at": 2.0, "images": 8}
+    lines = [{**row, "seconds": {}}, {**row, "seconds": {"train": 1.0}, **change}]
+    (run / "ledger" / "a-0000.jsonl").write("".join(f"{json.dumps(x)}\n" for x in lines).encode())
+    (found,) = read_ledger(run)
+    # Of an older version, which knew fewer bins.
+    assert set(found.seconds) == set(BINS) and not any(found.seconds.values())

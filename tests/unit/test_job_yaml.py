@@ -12,7 +12,7 @@ from cat_ray.config import Config, parse
 from cat_ray.data.preparation import Preparation
 from cat_ray.errors import BadInput, ExpectedError
 from cat_ray.evaluation.measurement import Measurement
-from cat_ray.job_yaml import DEEPEST, read_yaml
+from cat_ray.job_yaml import DEEPEST, read_text, read_yaml
 
 JOBS = Path(__file__).parents[2] / "jobs"
 SHORTEST = "run: {folder: r, total_images: 512}\ndata: {shards: s, num_classes: 10}\n"
@@ -74,7 +74,7 @@ def refusal(text: str, *overrides: str) -> str:
         (CHAIN, "levels or 100,000 values, by aliases"),
         ("run: &a {seed: *a}", "an alias lies within what it stands for"),
         ("a: &a [*a]", "an alias lies within what it stands for"),
-        ("a: *b", "undefined alias"),
+        ("a: *b", "an alias stands for nothing"),
         ("run: {folder: a}\n---\nrun: {}", "line 2, column 1"),
         ("run: {folder: a\ndata: [", "line 2"),
         ("\ta: 1", "line 1"),
@@ -203,3 +203,15 @@ def test_a_job_with_faults_is_read_or_is_bad_input(job):
 @given(mutated())
 def test_ten_thousand_jobs_with_faults_are_read_or_are_bad_input(job):
     check_mutated(job)
+
+
+def test_a_file_that_is_too_large_for_a_job_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "job.yaml"
+    with path.open("wb") as file:
+        file.truncate(10**10)
+    with pytest.raises(BadInput, match="has more than 1,048,576 bytes"):
+        read_text(str(path))
+
+
+def test_text_that_begins_with_a_star_is_not_repeated():
+    assert "hunter2" not in refusal("p: *hunter2secret")
