@@ -175,6 +175,7 @@ def test_workers_and_kills_change_no_bit(job: Path, tmp_path: Path, tiny_job: st
     assert re.search(r"labels: uniform, balanced; samples: 2500, 5000", refused.stdout)
 
 
+@pytest.mark.long
 def test_a_sweep_over_truncation_uses_the_same_latents(job: Path, tmp_path: Path) -> None:
     few = ("--set", "samples.count=200")
     swept = fid(job, *few, "--truncation", "0.5,0,0.5,1")

@@ -204,6 +204,8 @@ def slow_storage(s3_server) -> Iterator[SlowStorage]:
     storage.close()
 
 
+# Slow storage is in promises/test_bad_nights.py too, broken samples in test_train.py.
+@pytest.mark.long
 def test_slow_storage_and_one_broken_image_in_a_hundred_lose_no_other(
     s3_server, slow_storage, tmp_path
 ) -> None:

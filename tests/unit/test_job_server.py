@@ -154,7 +154,10 @@ def call(*arguments: str) -> Result:
     return result
 
 
-@pytest.mark.parametrize("command", ["status", "stop", "submit"])
+# All commands ask in the same way, from one client.
+@pytest.mark.parametrize(
+    "command", ["status", *(pytest.param(c, marks=pytest.mark.long) for c in ("stop", "submit"))]
+)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_server_that_misbehaves_is_one_line_and_an_exit_code(
     fault: str, command: str, job_file: Path
