@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from cat_ray.data.labels import MAX_CLASSES
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.measurement import BesideTraining
 from cat_ray.job_yaml import read_text, read_yaml
@@ -63,7 +64,7 @@ class Data(Section):
     """
 
     shards: Uri
-    num_classes: int = Field(gt=0, le=1_000_000)
+    num_classes: int = Field(gt=0, le=MAX_CLASSES)
     source: Literal["mnist"] | None = None
     max_broken_samples: int = Field(default=100, ge=0)
     block_images: int | None = Field(default=None, gt=0)

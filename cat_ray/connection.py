@@ -8,6 +8,8 @@ from cat_ray.errors import BadInput, RunFailed, Unfinished, last_line
 from cat_ray.stop_signals import stoppable
 from cat_ray.storage import ENVIRONMENT
 
+SET_TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+
 
 @contextlib.contextmanager
 def connected(
@@ -91,14 +93,11 @@ def _joined(address: str, environment: Mapping[str, str]) -> Iterator[None]:
             runtime_env={"env_vars": dict(environment)},
         )
     except AuthenticationError as error:
-        raise BadInput(
-            "the cluster at RAY_ADDRESS wants a token: set RAY_AUTH_MODE=token, and "
-            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        ) from error
+        raise BadInput(f"the cluster at RAY_ADDRESS wants a token: {SET_TOKEN}") from error
     except (OSError, ValueError) as error:
         raise BadInput(
             f"RAY_ADDRESS={address} can't be used: {last_line(error)}. If that cluster wants a "
-            "token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+            f"token, {SET_TOKEN}"
         ) from error
     except RuntimeError as error:
         if "ersion mismatch" not in str(error):

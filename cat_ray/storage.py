@@ -248,6 +248,10 @@ class Location:
             # Another process removed it in the meantime, or an attempt that got no answer did.
             return
 
+    def is_empty(self) -> bool:
+        """Whether neither a file nor a folder lies directly below, or there is nothing at all."""
+        return not (self.sizes() or self.folders())
+
     def is_link(self) -> bool:
         """Whether this is a link to another place."""
         return self.local_path is not None and self.local_path.is_symlink()
@@ -275,7 +279,7 @@ class Location:
             return
         for name in filter(is_own, self.sizes()):
             (self / name).delete()
-        if not (self.sizes() or self.folders() or self.odd_names()):
+        if self.is_empty() and not self.odd_names():
             self.delete_folder()
 
     def delete_folder(self) -> None:

@@ -10,6 +10,8 @@ import sys
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import torch
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "deepspeed", "cat_ray.training.loop"])
 
@@ -26,8 +28,6 @@ def start(
 def _run(
     script: Path, arguments: tuple[str, ...], environment: dict[str, str], output: Path
 ) -> None:
-    import torch
-
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

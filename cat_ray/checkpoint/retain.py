@@ -7,9 +7,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from cat_ray.checkpoint.layout import (
     DAMAGED,
@@ -38,7 +37,7 @@ logger = logging.getLogger(__name__)
 class Lease:
     """Until when somebody reads a checkpoint, in unix time."""
 
-    until: Annotated[float, Field(allow_inf_nan=False)]
+    until: FiniteFloat
 
 
 _LEASE = TypeAdapter(Lease)

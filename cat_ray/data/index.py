@@ -18,6 +18,7 @@ from annotated_types import Ge, Le
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from cat_ray.data.labels import MAX_CLASSES
 from cat_ray.errors import BadInput, Damaged, NotFound
 from cat_ray.storage import Location
 
@@ -29,7 +30,6 @@ EXTENTS_NAME = "extents.safetensors"
 FORMAT = 2
 BLOCK_BYTES = 2**20
 # An index counts the samples of every class id up to the largest.
-MAX_CLASSES = 1_000_000
 # Where the file must be strict; pydantic looks at it.
 STRICT: dict[str, Any] = {"strict": True, "extra": "forbid"}
 
@@ -130,10 +130,8 @@ def check_is_ours(folder: Location) -> None:
     place = folder / INDEX_NAME
     try:
         found = json.loads(place.read())
-    except NotFound:
+    except (NotFound, ValueError, RecursionError):
         return
-    except (ValueError, RecursionError):
-        found = {"format": FORMAT}
     if not (isinstance(found, dict) and {"format", "shards"} & found.keys()):
         raise BadInput(f"{place.uri} is another program's: move it elsewhere, then index again")
 

@@ -7,15 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cat_ray.connection import connected
-from cat_ray.data.index import (
-    INDEX_NAME,
-    MAX_CLASSES,
-    Index,
-    Shard,
-    check_is_ours,
-    dense,
-    write_index,
-)
+from cat_ray.data.index import INDEX_NAME, Index, Shard, check_is_ours, dense, write_index
+from cat_ray.data.labels import MAX_CLASSES
 from cat_ray.data.look import Look, look_at
 from cat_ray.data.sources import TAR
 from cat_ray.data.tasks import run_tasks

@@ -4,7 +4,8 @@ import math
 import re
 
 # Above it one wrong label would be a table of classes that fills the memory.
-LARGEST_CLASS = 999_999
+MAX_CLASSES = 1_000_000
+LARGEST_CLASS = MAX_CLASSES - 1
 INTEGER = re.compile(r"[+-]?[0-9]+")
 
 

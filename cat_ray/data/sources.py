@@ -138,11 +138,11 @@ def _list_tars(source: Source, left_out: Counter[str]) -> Listing:
         for member in listed(place_of(source, file), begin, end, left_out):
             if is_image(member.name):
                 folders.add(member.name.removeprefix("./").rpartition("/")[0])
-                _check_is_one_class(stem, folders)
                 key = key_of(f"{stem}/{member.name}")
                 units.append(Unit(file, member.start, member.start + member.size, 1, key, label))
             else:
                 left_out[ending_of(member.name)] += 1
+        _check_is_one_class(stem, folders)
     used = {unit.label for unit in units}
     if empty := [name for label, name in enumerate(classes) if label not in used]:
         left_out[f"classes without an image ({named(empty)})"] += len(empty)

@@ -37,7 +37,7 @@ def write_pictures(
         BadInput: a class doesn't exist, or the folder isn't empty.
     """
     place = resolve(checkpoint)
-    if out.sizes() or out.folders():
+    if not out.is_empty():
         raise BadInput(f"{out.uri} isn't empty: choose another --out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with lease(place):

@@ -53,7 +53,7 @@ def bench_checkpoint(folder: Location, megabytes: int, repetitions: int) -> Save
     Raises:
         BadInput: the folder isn't empty.
     """
-    if folder.sizes() or folder.folders():
+    if not folder.is_empty():
         raise BadInput(f"{folder.uri} isn't empty: choose another folder")
     length = megabytes * 10**6 // BYTES_PER_ELEMENT // TENSORS
     slices = [

@@ -82,7 +82,7 @@ def bench_recovery(config: Config, repetitions: int) -> RecoverySeconds:
     """
     config, faults = schedule(config)
     run = config.storage.locate(config.run.folder)
-    if run.sizes() or run.folders():
+    if not run.is_empty():
         raise BadInput(f"{run.uri} isn't empty: a drill begins a run of its own")
     seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(repetitions):

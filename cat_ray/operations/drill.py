@@ -90,7 +90,7 @@ def drill(config: Config, faults: Sequence[Fault]) -> Drilled:
     """
     faulty, undisturbed = (drilled(config, name, len(faults)) for name in ("faults", "undisturbed"))
     run = config.storage.locate(faulty.run.folder)
-    if run.sizes() or run.folders():
+    if not run.is_empty():
         raise BadInput(f"{run.uri} isn't empty: a drill begins a run of its own")
     console = Console()
     console.rule("with faults on purpose: Ray reports workers and nodes that died")

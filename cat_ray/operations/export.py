@@ -58,7 +58,7 @@ def export(
         RunFailed: the ONNX file computes something else.
     """
     place = resolve(checkpoint)
-    if out.sizes() or out.folders():
+    if not out.is_empty():
         raise BadInput(f"{out.uri} isn't empty: choose another --out")
     with lease(place):
         state = read_state(place)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, FiniteFloat, TypeAdapter
 
 from cat_ray.operations.lines import Lines, read_lines
 from cat_ray.operations.telling import Tell, at_once
@@ -33,8 +33,6 @@ ALL_BINS: tuple[AnyBin, ...] = get_args(AnyBin)
 
 # A row is read from a file that anybody may have changed.
 MOST_WORKERS, MOST_IMAGES = 1_000_000, 2**63
-Moment = Annotated[float, Field(allow_inf_nan=False)]
-Seconds = Annotated[float, Field(allow_inf_nan=False)]
 
 _CLOCK_OFFSET = time.time() - time.monotonic()
 
@@ -63,10 +61,10 @@ class Row:
     group: str
     rank: Annotated[int, Field(ge=0)]
     workers: Annotated[int, Field(gt=0, le=MOST_WORKERS)]
-    began: Moment
-    at: Moment
+    began: FiniteFloat
+    at: FiniteFloat
     images: Annotated[int, Field(ge=0, lt=MOST_IMAGES)]
-    seconds: dict[Bin, Seconds]
+    seconds: dict[Bin, FiniteFloat]
     outcome: Outcome | None = None
     session: str = ""
 

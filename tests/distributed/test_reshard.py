@@ -71,7 +71,7 @@ def saved_name(size: int, stage: int) -> str:
 
 
 def loads(size: int, every: bool) -> list[Case]:
-    """What so many workers load: all that others saved, at every stage or at one each."""
+    """What so many workers load: all that others saved, at every stage or at some."""
     sharded = [
         (saver, a, b)
         for saver in SIZES

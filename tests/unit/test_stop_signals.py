@@ -15,9 +15,9 @@ import pytest
 from cat_ray.errors import Unfinished
 from cat_ray.stop_signals import TOGETHER_SECONDS, stoppable, unheeded
 
+pytestmark = pytest.mark.usefixtures("heeds_hang_up")
 WAIT_SECONDS = 60
 # Ends as commands do, and says what it is at, line by line.
-pytestmark = pytest.mark.usefixtures("heeds_hang_up")
 COMMAND = """
 import sys, time
 from cat_ray.errors import Unfinished
