@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cat_ray.errors import BadInput
@@ -27,6 +28,7 @@ from cat_ray.evaluation.sampling import (
     latents,
     sample_stages,
 )
+from cat_ray.json_text import parse_object
 from cat_ray.model.generator import Generator, GeneratorShape
 from cat_ray.model.sizes import Size
 
@@ -80,13 +82,15 @@ def parse_description(content: bytes, name: str) -> Description:
         BadInput: it is damaged, or a newer version wrote it.
     """
     try:
-        values = json.loads(content)
+        values = parse_object(content)
         found = values["format"]
         if found == FORMAT and values.pop("digest") == _digest(values):
             shape = values.pop("generator")
             del values["format"]
             shape["size"] = Size(**shape["size"])
-            return Description(generator=GeneratorShape(**shape), **values)
+            description = Description(generator=GeneratorShape(**shape), **values)
+            if isinstance(description.sha256, dict):
+                return description
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{name} is damaged: export the checkpoint again") from error
     if found != FORMAT:
@@ -173,9 +177,17 @@ def load_generator(
             "`cat-ray export CHECKPOINT --out FOLDER` makes one"
         )
     description = parse_description(content, f"{folder}/{MODEL}")
-    network = Generator(description.generator)
-    network.load_state_dict(_tensors(folder, WEIGHTS, description, endpoint_url))
-    means = _tensors(folder, CLASS_MEANS, description, endpoint_url)[MEANS]
+    weights = _tensors(folder, WEIGHTS, description, endpoint_url)
+    class_means = _tensors(folder, CLASS_MEANS, description, endpoint_url)
+    try:
+        network = Generator(description.generator)
+        network.load_state_dict(weights)
+        means = class_means[MEANS]
+    except (RuntimeError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        raise BadInput(
+            f"{folder} is damaged: {MODEL} tells of another network than {WEIGHTS} holds. Export "
+            "the checkpoint again"
+        ) from error
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return ExportedGenerator(network.eval().requires_grad_(False).to(device), means, description)
@@ -187,11 +199,14 @@ def _tensors(
     content = _read(folder, name, endpoint_url)
     if content is None:
         raise BadInput(f"{folder}/{name} is missing: export the checkpoint again")
-    if hashlib.sha256(content).hexdigest() != description.sha256[name]:
+    if hashlib.sha256(content).hexdigest() != description.sha256.get(name):
         raise BadInput(
             f"{folder}/{name} is damaged: its sha256 is not that of {MODEL}, copy it again"
         )
-    return safetensors.torch.load(content)
+    try:
+        return safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise BadInput(f"{folder}/{name} is damaged: export the checkpoint again") from error
 
 
 def _read(folder: str, name: str, endpoint_url: str | None) -> bytes | None:

@@ -1,6 +1,7 @@
 """YAML as a job may hold it: what YAML would take without a word, such as a key that is given
 twice, is refused, and whatever is wrong is told in one line."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from cat_ray.uris import check_has_no_credentials
 DEEPEST, MOST_VALUES, LARGEST_BYTES = 50, 100_000, 2**20
 TAG = "tag:yaml.org,2002:"
 MERGE, TEXT, DATE = f"{TAG}merge", f"{TAG}str", f"{TAG}timestamp"
+INTEGER, NUMBER = f"{TAG}int", f"{TAG}float"
+# YAML 1.1 reads 1:30 as 90 and 010 as 8; people don't.
+UNCLEAR_NUMBER = re.compile(r"[-+]?0[0-7_]+|.*:.*")
 TAGS = {f"{TAG}{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
 
 
@@ -100,6 +104,8 @@ def _measure(
         if node.tag == DATE:
             raise _Wrong(f"{node.value} is a date: put it in quotes", node)
         raise _Wrong("a value has a tag that a job can't have", node)
+    if node.tag in (INTEGER, NUMBER) and UNCLEAR_NUMBER.fullmatch(str(node.value)):
+        raise _Wrong(f"{node.value} may mean two numbers: write it plainly, or in quotes", node)
     above.add(id(node))
     if isinstance(node, yaml.MappingNode):
         _check_keys(node)

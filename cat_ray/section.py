@@ -1,9 +1,17 @@
 """What jobs of every kind share: strict sections, and how storage and a VAE are named."""
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
 from cat_ray import uris
 from cat_ray.errors import BadInput
@@ -22,6 +30,19 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
     )
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, valid: ValidatorFunctionWrapHandler) -> Any:
+        found = valid(value)
+        values = value if isinstance(value, list) else [value]
+        kept = found if isinstance(value, list) else [found]
+        if any(
+            isinstance(a, bool) and not isinstance(b, bool)
+            for a, b in zip(values, kept, strict=True)
+        ):
+            raise ValueError("true and false are no numbers")
+        return found
 
 
 def _read_by(read: Callable[[str], str]) -> AfterValidator:

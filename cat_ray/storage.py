@@ -13,7 +13,7 @@ from typing import IO, Any, TypeVar
 
 from pyarrow import NativeFile, fs
 
-from cat_ray.errors import BadInput, NotFound, StorageDown
+from cat_ray.errors import BadInput, Damaged, NotFound, StorageDown
 from cat_ray.storage_errors import explain, retry
 from cat_ray.uris import Endpoint, Place, endpoint_of, expanded, place_of
 
@@ -103,6 +103,8 @@ class Location:
         Raises:
             NotFound: there is no such file.
         """
+
+        self._check_is_no_pipe()
 
         def read() -> bytes:
             for _ in range(ATTEMPTS):
@@ -312,7 +314,19 @@ class Location:
 
         return self._ask(lambda: self._surely(look, is_empty))
 
+    def _check_is_no_pipe(self) -> None:
+        """Looks before a file is opened: to open a pipe waits for ever.
+
+        Raises:
+            Damaged: something else than a file lies there.
+        """
+        local = self.local_path
+        if local is not None and local.exists() and not local.is_file():
+            raise Damaged(f"{self.uri} is no file: remove what lies there, or name another")
+
     def _open(self) -> NativeFile:
+        self._check_is_no_pipe()
+
         def opened() -> NativeFile:
             return self.filesystem.open_input_file(self.path)
 

@@ -57,6 +57,7 @@ PASSING_LOCALLY = frozenset(
     }
 )
 FULL_LOCALLY = frozenset({errno.ENOSPC, errno.EDQUOT})
+FILES_HINT = "; too many files are open: raise the limit, as with `ulimit -n 65536`"
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -78,6 +79,10 @@ def explain(error: OSError, uri: str, local: bool) -> ExpectedError:
         number = _errno(error)
         if number in FULL_LOCALLY:
             return StorageFull(f"no space left for {uri}{FULL_HINT}")
+        if number in (errno.EMFILE, errno.ENFILE):
+            return BadInput(f"{told}{FILES_HINT}")
+        if number in (errno.ENOTDIR, errno.EEXIST):
+            return BadInput(f"{uri}: what should be a folder is a file: name another place")
         return (StorageDown if number in PASSING_LOCALLY else BadInput)(told)
     status = _http_status(reason)
     if status == FULL_STATUS or "StorageFull" in reason:

@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from cat_ray.errors import BadInput
+from cat_ray.json_text import parse_object
 
 FORMAT = 2
 # More than PyTorch's tensors of ours have.
@@ -90,9 +91,7 @@ def parse_part(content: bytes) -> Part:
         BadInput: it was written by a version with another format.
     """
     try:
-        values = json.loads(content)
-        if not isinstance(values, dict):
-            raise ValueError("it is no JSON object")
+        values = parse_object(content)
         digest, found = values.pop("sha256", None), values.get("format")
         if type(found) is not int:
             raise ValueError("it has no format")
@@ -107,8 +106,6 @@ def parse_part(content: bytes) -> Part:
             ):
                 raise ValueError("it names a tensor with characters that can't be printed")
             return Part(files, slices)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
     except ValidationError as error:
         raise ValueError(first_problem(error)) from error
     raise BadInput(f"a checkpoint has format {found}, this version reads {FORMAT}")

@@ -1,6 +1,5 @@
 """A sample's bytes to what is trained on: pixels and a class."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +9,10 @@ import simplejpeg
 from PIL import Image
 
 from cat_ray.data.crop import center_crop
-from cat_ray.data.image_file import JPEG_START, BrokenSample, check_size, open_image
+from cat_ray.data.image_file import JPEG_START, BrokenSample, check_size, open_image, opened_image
 from cat_ray.data.tar import RawSample
 from cat_ray.errors import BadInput
+from cat_ray.json_text import parse_json
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 LABEL_ENDING, JSON_ENDING = "cls", "json"
@@ -22,6 +22,8 @@ WHOLE_NUMBER = re.compile(rf"\s*[+-]?[0-9]{{1,{DIGITS}}}\s*")
 # Of a class in a .json member, or a text that is no number, so much is shown.
 SHOWN = 40
 THREE_COMPONENTS = "YCbCr"
+# What libjpeg says where a file was cut and an end put behind it; it makes the rest grey.
+CUT = "premature end of data"
 
 
 def decode_image(
@@ -66,11 +68,34 @@ def _decode_jpeg(content: bytes, crop: bool, out: np.ndarray) -> bool:
     check_size(width, height, content)
     try:
         pixels = simplejpeg.decode_jpeg(content, colorspace="RGB", buffer=out if fits else None)
-    except Exception:
+    except Exception as error:
+        _check_is_whole(error)
         return False
     if not fits:
         out[:] = np.asarray(center_crop(Image.fromarray(pixels), out.shape[0]))
     return True
+
+
+def check_decodes(content: bytes) -> None:
+    """Decodes an image of any size, only to see whether it can be.
+
+    Raises:
+        BrokenSample: it can't, or a part of it is missing.
+    """
+    with opened_image(content) as image:
+        if image.format == "JPEG":
+            try:
+                simplejpeg.decode_jpeg(content)
+                return
+            except Exception as error:
+                _check_is_whole(error)
+    # As above: what simplejpeg refuses, Pillow may read.
+    open_image(content, 3)
+
+
+def _check_is_whole(error: Exception) -> None:
+    if CUT in str(error):
+        raise BrokenSample("not a readable image (a part of it is missing)") from error
 
 
 def class_of(members: Mapping[str, bytes]) -> int:
@@ -83,8 +108,8 @@ def class_of(members: Mapping[str, bytes]) -> int:
         text = members[LABEL_ENDING]
     elif JSON_ENDING in members:
         try:
-            values = json.loads(members[JSON_ENDING])
-        except (ValueError, RecursionError) as error:
+            values = parse_json(members[JSON_ENDING])
+        except ValueError as error:
             raise BrokenSample(f"its .{JSON_ENDING} member can't be read ({error})") from error
         if not isinstance(values, dict):
             raise BrokenSample(f"its .{JSON_ENDING} member holds no keys")

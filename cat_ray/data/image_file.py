@@ -21,8 +21,8 @@ PLUGINS = (
 )
 FORMATS = tuple(plugin.format for plugin in PLUGINS)
 NAMES = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-# As Pillow has it: a quarter of a GiB in RGB.
-MAX_PIXELS = 2**30 // 4 // 3
+# A fifth of a GB in RGB. A decoder of WEBP holds five copies of all pixels.
+MAX_PIXELS, MAX_WEBP_PIXELS = 2**26, 2**25
 # A decoder goes over all pixels for each scan; progressive JPEGs have about ten.
 JPEG_START, JPEG_SCAN, JPEG_FRAMES = b"\xff\xd8\xff", b"\xff\xda", (b"\xff\xc0", b"\xff\xc1")
 MAX_SCANNED_PIXELS = 16 * MAX_PIXELS
@@ -37,20 +37,21 @@ class BrokenSample(Exception):
     """A sample that can't be decoded; the message says which and why."""
 
 
-def check_size(width: int, height: int, content: bytes = b"") -> None:
+def check_size(width: int, height: int, content: bytes = b"", max_pixels: int = MAX_PIXELS) -> None:
     """Compares an image's size with what may be decoded; call it before anything is allocated.
 
     Args:
         width: as its header tells.
         height: likewise.
         content: of a JPEG, all of it.
+        max_pixels: how many there may be.
 
     Raises:
         BrokenSample: it is too large.
     """
-    if width * height > MAX_PIXELS:
+    if width * height > max_pixels:
         raise BrokenSample(
-            f"not a readable image ({width:,} x {height:,} pixels, more than {MAX_PIXELS:,})"
+            f"not a readable image ({width:,} x {height:,} pixels, more than {max_pixels:,})"
         )
     if content and _scans(content) * width * height > MAX_SCANNED_PIXELS:
         raise BrokenSample("not a readable image (a JPEG of too many scans)")
@@ -66,7 +67,7 @@ def opened_image(content: bytes) -> Iterator[Image.Image]:
     try:
         if content[:4] == b"RIFF":
             # Pillow's decoder of WEBP takes memory for all pixels as it is opened.
-            check_size(*_webp_size(content))
+            check_size(*_webp_size(content), max_pixels=MAX_WEBP_PIXELS)
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             jpeg = content[:3] == JPEG_START
             check_size(*image.size, content=content if jpeg else b"")

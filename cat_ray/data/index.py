@@ -20,6 +20,7 @@ from safetensors.numpy import load, save
 
 from cat_ray.data.labels import MAX_CLASSES
 from cat_ray.errors import BadInput, Damaged, NotFound
+from cat_ray.json_text import parse_json
 from cat_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -129,8 +130,8 @@ def check_is_ours(folder: Location) -> None:
     """
     place = folder / INDEX_NAME
     try:
-        found = json.loads(place.read())
-    except (NotFound, ValueError, RecursionError):
+        found = parse_json(place.read())
+    except (NotFound, ValueError):
         return
     if not (isinstance(found, dict) and {"format", "shards"} & found.keys()):
         raise BadInput(f"{place.uri} is another program's: move it elsewhere, then index again")

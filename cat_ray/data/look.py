@@ -4,8 +4,8 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 
-from cat_ray.data.decode import class_of, encoded_image
-from cat_ray.data.image_file import BrokenSample, open_image, opened_image
+from cat_ray.data.decode import check_decodes, class_of, encoded_image
+from cat_ray.data.image_file import BrokenSample, opened_image
 from cat_ray.data.index import Shard
 from cat_ray.data.latents import CHANNELS
 from cat_ray.data.packs import LATENTS, unpack
@@ -105,6 +105,6 @@ def _shape(sample: RawSample, verify: bool) -> tuple[int, int, int]:
     """Width, height and channels of a sample's image."""
     content = encoded_image(sample.members)
     if verify:
-        open_image(content, 3)
+        check_decodes(content)
     with opened_image(content) as image:
         return *image.size, 1 if image.mode in GREY_MODES else 3

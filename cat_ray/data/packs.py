@@ -18,6 +18,7 @@ from numpy.lib import format as npy
 
 from cat_ray.data.tar import RawSample
 from cat_ray.errors import BadInput
+from cat_ray.json_text import parse_json
 
 LATENTS, CLASSES, KEYS, TOKENS = "latents.npy", "classes.npy", "keys.json", "tokens.npy"
 # What numpy and json raise for damaged content; numpy reads a header as Python text.
@@ -64,7 +65,7 @@ def unpack(sample: RawSample, shard: str) -> Pack:
         pack = Pack(
             latents=_from_npy(members[LATENTS]),
             classes=_from_npy(members[CLASSES]),
-            keys=json.loads(members[KEYS]),
+            keys=parse_json(members[KEYS]),
             tokens=_from_npy(members[TOKENS]) if TOKENS in members else None,
         )
         _check(pack)

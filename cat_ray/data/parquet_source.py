@@ -20,6 +20,9 @@ PARQUET = ".parquet"
 PIECE_BYTES = 2**20
 IMAGES_TOGETHER, LABELS_TOGETHER = 16, 2**16
 NO_CLASS = "rows without a class"
+# Encoded images hardly shrink: a file that does was made to fill the memory.
+LARGE_BYTES, MOST_SHRUNK = 2**28, 20
+NAMES_SHOWN = 20
 
 
 def list_row_groups(source: Source, left_out: Counter[str]) -> list[Unit]:
@@ -38,6 +41,7 @@ def list_row_groups(source: Source, left_out: Counter[str]) -> list[Unit]:
             counts = [rows.row_group(group).num_rows for group in range(rows.num_row_groups)]
             if sum(counts):
                 _check_columns(source, place, table)
+                _check_size(place, rows)
                 _check_labels(source, place, table, left_out)
         units += [Unit(name, group, group + 1, count) for group, count in enumerate(counts)]
     _check_images(source, some_of(units))
@@ -99,7 +103,8 @@ def _check_columns(source: Source, place: Location, table: pyarrow.parquet.Parqu
     if missing := set(wanted) - set(names):
         raise BadInput(
             f"{place.uri} has no column {' or '.join(sorted(missing))}, it has "
-            f"{', '.join(map(one_line, names))}: set source.image_column and .label_column"
+            f"{', '.join(map(one_line, names[:NAMES_SHOWN]))}"
+            f"{' ...' * (len(names) > NAMES_SHOWN)}: set source.image_column and .label_column"
         )
     for name in wanted:
         if names.count(name) > 1:
@@ -118,6 +123,20 @@ def _check_columns(source: Source, place: Location, table: pyarrow.parquet.Parqu
         raise BadInput(
             f"{place.uri}: column {source.label_column} is of type {shown}, not class ids: set "
             "source.label_column to one of whole numbers"
+        )
+
+
+def _check_size(place: Location, rows: pyarrow.parquet.FileMetaData) -> None:
+    """Refuses a few kilobytes that become gigabytes, before they do.
+
+    By row groups: at what a damaged file says of a column Arrow may end the process.
+    """
+    held = sum(rows.row_group(group).total_byte_size for group in range(rows.num_row_groups))
+    size = place.size() or 0
+    if held > max(LARGE_BYTES, MOST_SHRUNK * size):
+        raise BadInput(
+            f"{place.uri} has {size:,} bytes that become {held:,}, which encoded images don't: "
+            "write the file anew with JPEG, PNG or WEBP in it"
         )
 
 

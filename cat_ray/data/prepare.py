@@ -32,6 +32,7 @@ from cat_ray.data.tasks import run_tasks
 from cat_ray.data.writable import check_writable
 from cat_ray.errors import BadInput, Damaged
 from cat_ray.folder_lock import is_lock, locked
+from cat_ray.json_text import parse_object
 from cat_ray.objective.alignment import load_teacher
 from cat_ray.operations.counting import Counting
 from cat_ray.section import Storage
@@ -99,7 +100,7 @@ def _prepare(job: Preparation, folder: Location, found: Found) -> Index:
 def left_out(job: Preparation) -> int:
     """How many samples of a finished preparation couldn't be used."""
     folder = job.storage.locate(job.output.folder)
-    return len(json.loads((folder / BROKEN_NAME).read()))
+    return len(_read_object(folder / BROKEN_NAME))
 
 
 def digits(folder: str, storage: Storage) -> Preparation:
@@ -153,14 +154,11 @@ def _read_object(place: Location) -> dict[str, Any]:
         Damaged: it is none any more.
     """
     try:
-        found = json.loads(place.read())
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        return parse_object(place.read())
+    except ValueError as error:
         raise Damaged(
             f"{place.uri} is damaged: restore it, or choose another output.folder to begin anew"
-        )
-    return found
+        ) from error
 
 
 def _changes(

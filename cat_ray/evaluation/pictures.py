@@ -9,6 +9,7 @@ from cat_ray.checkpoint.retain import lease
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.grid import grid, to_image, to_png
 from cat_ray.evaluation.sampling import (
+    SAMPLING_BATCH,
     Truncation,
     check_classes,
     class_means,
@@ -17,6 +18,9 @@ from cat_ray.evaluation.sampling import (
     to_pixels,
 )
 from cat_ray.storage import Location
+
+# They are in memory together, for the grid.
+MOST_PICTURES = 10_000
 
 
 def write_pictures(
@@ -45,10 +49,18 @@ def write_pictures(
     shape = generator.shape
     chosen = list(range(shape.num_classes)) if classes is None else list(classes)
     check_classes(chosen, shape.num_classes)
+    if len(chosen) * count > MOST_PICTURES:
+        raise BadInput(
+            f"{len(chosen) * count:,} pictures are more than {MOST_PICTURES:,}: a job, such as "
+            "jobs/sample.yaml, shares them out among processes"
+        )
     z = latents(seed, range(count), shape.latent_width).repeat(len(chosen), 1)
     labels = torch.tensor(chosen).repeat_interleave(count)
     drawn = Truncation(truncation, class_means(generator, device)) if truncation else None
-    pixels = to_pixels(sample_stages(generator, z, labels, device, drawn)[-1])
+    parts = zip(z.split(SAMPLING_BATCH), labels.split(SAMPLING_BATCH), strict=True)
+    pixels = torch.cat(
+        [to_pixels(sample_stages(generator, *part, device, drawn)[-1]) for part in parts]
+    )
     for place_in_grid, picture in enumerate(pixels):
         label, column = divmod(place_in_grid, count)
         name = f"class-{chosen[label]:04d}-seed-{seed}-{column:03d}.png"

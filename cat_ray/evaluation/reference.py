@@ -19,6 +19,8 @@ from cat_ray.storage import Location
 
 ARRAYS = {POOLED: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 READ_BYTES = 2**24
+# Of the largest entry: rounding makes the smallest eigenvalues a little negative.
+INDEFINITE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -91,4 +93,6 @@ def _moments(npz: Npz, mean_name: str, covariance_name: str, width: int) -> Mome
     scale = np.abs(covariance).max()
     if np.abs(covariance - covariance.T).max() > 1e-6 * scale or (np.diag(covariance) < 0).any():
         raise BadInput(f"{npz.name}: {covariance_name} is no covariance, it isn't symmetric")
+    if np.linalg.eigvalsh(covariance)[0] < -INDEFINITE * scale:
+        raise BadInput(f"{npz.name}: {covariance_name} is no covariance, a variance is negative")
     return Moments(mean, covariance)

@@ -1,10 +1,10 @@
 """What `cat-ray fid` leaves: the figures, what they are called, and what they depend on."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
 from rich.table import Table
 
 from cat_ray.errors import BadInput
@@ -37,6 +37,9 @@ class Result:
     made_with: Mapping[str, str]
     images_per_second: Mapping[str, float]
     seconds: Mapping[str, float]
+
+
+_RESULT = TypeAdapter(Result)
 
 
 def metric_name(network: str, reference: str, count: int) -> str:
@@ -83,6 +86,6 @@ def read_result(place: Location) -> Result:
         BadInput: it is none.
     """
     try:
-        return Result(**json.loads(place.read()))
-    except (ValueError, TypeError) as error:
+        return _RESULT.validate_json(place.read())
+    except ValueError as error:
         raise BadInput(f"{place.uri} is no result of `cat-ray fid`") from error

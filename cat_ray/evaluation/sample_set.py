@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from cat_ray.checkpoint.retain import lease
 from cat_ray.connection import connected
 from cat_ray.errors import BadInput
@@ -36,6 +38,9 @@ class SampleSet:
     figures: Mapping[str, float]
     made_with: Mapping[str, str]
     images_per_second: Mapping[str, float]
+
+
+_SAMPLE_SET = TypeAdapter(SampleSet)
 
 
 def make_samples(job: Sampling) -> tuple[SampleSet, Location]:
@@ -76,6 +81,6 @@ def _sample_set(plan: SamplePlan, images_per_second: Mapping[str, float]) -> Sam
 
 def _read(place: Location) -> SampleSet:
     try:
-        return SampleSet(**json.loads(place.read()))
-    except (ValueError, TypeError) as error:
+        return _SAMPLE_SET.validate_json(place.read())
+    except ValueError as error:
         raise BadInput(f"{place.uri} tells of no samples: delete it") from error

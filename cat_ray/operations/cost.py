@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass
-from math import isfinite
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -121,7 +120,7 @@ def beside_seconds_of(rows: Iterable[Mapping[str, Any]]) -> float:
     """Worker-seconds of measurements beside the training, by a run's rows of figures."""
     measured = (row.get("worker_seconds") for row in rows if row["kind"] == "measured")
     # Rows that an earlier version wrote don't say.
-    return sum(spent for spent in measured if isinstance(spent, int | float) and isfinite(spent))
+    return sum(spent for spent in measured if isinstance(spent, int | float) and abs(spent) < 1e15)
 
 
 def bill(summary: Summary, per_hour: float) -> Bill:

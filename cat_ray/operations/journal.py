@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cat_ray.json_text import parse_object
 from cat_ray.operations.lines import Lines, read_lines
 from cat_ray.operations.telling import Tell, at_once
 from cat_ray.operations.trackers import Tracker
@@ -34,8 +35,8 @@ def read_rows(run: Location) -> list[Row]:
 
 
 def _parse(line: bytes) -> Row:
-    row = json.loads(line)
-    if not isinstance(row, dict) or any(type(row.get(key)) is not kind for key, kind in KEYS):
+    row = parse_object(line)
+    if any(type(row.get(key)) is not kind for key, kind in KEYS):
         raise ValueError("it is no row of a run's figures")
     return row
 

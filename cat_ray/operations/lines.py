@@ -31,7 +31,7 @@ def read_lines(place: Location, parse: Callable[[bytes], T]) -> list[T]:
     for number, line in enumerate(place.read().split(b"\n")[:-1], start=1):
         try:
             values.append(parse(line))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             _warn_once(f"{place.uri}: line {number} is damaged ({str(error).splitlines()[0]})")
     return values
 

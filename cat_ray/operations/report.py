@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cat_ray.checkpoint.read import newest, read_state
-from cat_ray.errors import printable
+from cat_ray.errors import Damaged, NotFound, printable
 from cat_ray.evaluation import plot
 from cat_ray.operations.identity import CONFIG_NAME
 from cat_ray.operations.journal import EVENT, Row, read_rows
@@ -212,7 +212,10 @@ def _text(place: Location) -> str:
 
 def _versions(run: Location) -> dict[str, str]:
     checkpoint = newest(run)
-    return read_state(checkpoint).versions if checkpoint else {}
+    try:
+        return read_state(checkpoint).versions if checkpoint else {}
+    except (NotFound, Damaged) as error:
+        return {"not known": str(error)}
 
 
 def _table(lines: Any) -> str:

@@ -14,7 +14,6 @@ them go.
 import csv
 import heapq
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,8 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from cat_ray.errors import BadInput
+from cat_ray.json_text import parse_object
 
 HEADER = ["seconds", "nodes"]
+# A run goes through a trace again and again: a shorter one would never bring it to its end.
+SHORTEST_SECONDS, MOST_NODES = 60.0, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def read_trace(path: str) -> Trace:
         raise BadInput(f"can't read the trace {path}: {error}") from error
     try:
         return _from_json(text) if text.lstrip().startswith("{") else _from_csv(text)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, IndexError, csv.Error) as error:
         raise BadInput(
             f"{path} is no trace: {error}. Write seconds,nodes in order of time, from 0 on"
         ) from error
@@ -173,7 +175,7 @@ def _from_csv(text: str) -> Trace:
 
 
 def _from_json(text: str) -> Trace:
-    values = json.loads(text)
+    values = parse_object(text)
     gap, data = float(values["metadata"]["gap_seconds"]), [int(count) for count in values["data"]]
     return _checked([gap * place for place in range(len(data) + 1)], [*data, data[-1]])
 
@@ -183,6 +185,10 @@ def _checked(seconds: list[float], nodes: list[int]) -> Trace:
         raise ValueError("it needs a row at 0 seconds and one at its end")
     if any(a >= b for a, b in itertools.pairwise(seconds)):
         raise ValueError("its seconds don't grow from row to row")
+    if not all(map(math.isfinite, seconds)) or seconds[-1] < SHORTEST_SECONDS:
+        raise ValueError(f"it must last {SHORTEST_SECONDS:.0f} seconds at least, and end")
     if min(nodes) < 0 or max(nodes) == 0:
         raise ValueError("it never has a node, or fewer than none")
+    if max(nodes) > MOST_NODES:
+        raise ValueError(f"it has more than {MOST_NODES:,} nodes")
     return Trace(tuple(seconds[:-1]), tuple(nodes[:-1]), seconds[-1])

@@ -1,6 +1,5 @@
 """The metadata endpoints where AWS, GCP and Azure tell a machine that they take it away."""
 
-import json
 import logging
 import time
 from datetime import UTC, datetime
@@ -10,6 +9,7 @@ from typing import ClassVar, Literal
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
+from cat_ray.json_text import parse_json
 from cat_ray.training.preemption import CloudSource, Notice, earliest
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Aws(Endpoint):
             if error.code == 404:
                 return None
             raise
-        match json.loads(answer):
+        match parse_json(answer):
             case {"action": str(action), "time": str(told)}:
                 deadline = _unix_seconds(datetime.fromisoformat(told))
                 return Notice(f"AWS takes this machine (spot interruption: {action})", deadline)
@@ -149,7 +149,7 @@ class Azure(Endpoint):
 
     def _look(self) -> Notice | None:
         answer = self._ask(AZURE_EVENTS, AZURE_HEADERS)
-        match json.loads(answer):
+        match parse_json(answer):
             case {"Events": [*events]}:
                 notices = [self._notice(event) for event in events]
                 return earliest(notice for notice in notices if notice is not None)

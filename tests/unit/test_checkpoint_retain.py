@@ -1,5 +1,6 @@
 """Few checkpoints are kept, and always the ones that a run may have to go on from."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from cat_ray.checkpoint.layout import (
     slice_file,
 )
 from cat_ray.checkpoint.read import newest, newest_sound, verify
-from cat_ray.checkpoint.retain import drop_old, kept, write_best
+from cat_ray.checkpoint.retain import BEST, drop_old, kept, write_best
 from cat_ray.checkpoint.write import CheckpointWriter, Slice
 from cat_ray.errors import BadInput
 from cat_ray.storage import Location, locate
@@ -180,3 +181,13 @@ def test_storage_that_fails_while_old_ones_are_deleted_fails_no_save(run, monkey
     assert left(run) == [32, 64]
     drop_old(run, 1)
     assert left(run) == [64]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
+def test_where_no_file_can_tell_which_are_the_best_none_is_deleted(run, make, caplog):
+    for images in (32, 64, 96):
+        save(run, images)
+    make(Path((run / BEST).path))
+    drop_old(run, 1)
+    assert left(run) == [32, 64, 96]
+    assert "best.json is no file: remove what lies there" in caplog.text

@@ -2,12 +2,22 @@
 
 import io
 import json
+import math
 import re
 
 import pytest
 from rich.console import Console
 
-from cat_ray.operations.cost import NO_PRICES, Summary, bill, cost_table, saving, summarise, to_json
+from cat_ray.operations.cost import (
+    NO_PRICES,
+    Summary,
+    beside_seconds_of,
+    bill,
+    cost_table,
+    saving,
+    summarise,
+    to_json,
+)
 from cat_ray.operations.goodput import ALL_BINS, BINS, Row
 
 # Ten worker-hours.
@@ -168,3 +178,9 @@ def test_a_program_gets_the_same_numbers():
 def test_a_program_learns_that_there_are_no_prices():
     content = json.loads(to_json(NOTHING, None, None))
     assert (content["bills"], content["saving"], content["goodput"]) == ({}, None, 0)
+
+
+def test_what_a_measurement_took_counts_where_it_is_a_number():
+    spent = [1.5, None, "3", math.nan, math.inf, 10**400, 2]
+    rows = [{"kind": "measured", "worker_seconds": seconds} for seconds in spent]
+    assert beside_seconds_of([*rows, {"kind": "train", "worker_seconds": 5}]) == 3.5

@@ -247,6 +247,7 @@ def test_a_damaged_or_missing_file_is_named(exported, name):
         ((b'"heads": 2', b'"heads": 4'), "is damaged, or was changed"),
         ((b'"digest": ', b'"digits": '), "is damaged: export the checkpoint again"),
         ((b"{", b""), "is damaged: export the checkpoint again"),
+        ((b"{", b"[" * 100_000), "is damaged: export the checkpoint again"),
         ((b"{", b"[{}]"), "is damaged: export the checkpoint again"),
     ],
 )
@@ -453,3 +454,32 @@ def test_an_export_may_lie_on_object_storage(checkpoint, exported, s3_server):
         export(checkpoint, locate(uri, endpoint))
     with pytest.raises(BadInput, match="is no export"):
         cat_ray.load_generator(f"s3://{s3_server.bucket}/absent", endpoint_url=endpoint)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sha256": []},
+        {"generator": {}},
+        {"generator": []},
+        {"class_means": 3},
+    ],
+)
+def test_a_description_that_is_signed_and_wrong_is_told_of(exported, change):
+    values = json.loads((exported / MODEL).read_bytes())
+    del values["digest"]
+    values |= change
+    digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    (exported / MODEL).write_text(json.dumps({**values, "digest": digest}))
+    with pytest.raises(BadInput, match="is damaged"):
+        cat_ray.load_generator(exported)
+
+
+def test_a_signed_description_of_another_network_is_told_of(exported):
+    values = json.loads((exported / MODEL).read_bytes())
+    del values["digest"]
+    values["generator"]["size"]["depth"] += 1
+    digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    (exported / MODEL).write_text(json.dumps({**values, "digest": digest}))
+    with pytest.raises(BadInput, match=f"{MODEL} tells of another network than"):
+        cat_ray.load_generator(exported)

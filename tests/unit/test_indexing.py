@@ -10,12 +10,15 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from cat_ray.cli import app
 from cat_ray.data import indexing
+from cat_ray.data.decode import decode_image
+from cat_ray.data.image_file import BrokenSample
 from cat_ray.data.index import INDEX_NAME, read_extents, read_index
 from cat_ray.data.read import Reading, read_images
 from cat_ray.data.sources import Source, list_units
@@ -236,3 +239,20 @@ def test_a_class_tar_with_images_in_several_folders_is_refused(tmp_path):
         write_tar(tmp_path / f"{name}.tar", members)
     with pytest.raises(BadInput, match=r"part1.tar holds images in several folders, n01.* n02"):
         list_units(Source("tars", locate(str(tmp_path))), Counter())
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_a_jpeg_that_was_cut_and_given_an_end_is_a_broken_sample(tmp_path, options):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(noise).save(content, "JPEG", **options)
+    cut = content.getvalue()[: len(content.getvalue()) // 2] + b"\xff\xd9"
+    write_tar(tmp_path / "0.tar", [("a.jpg", content.getvalue()), ("a.cls", b"0")])
+    assert index(tmp_path, "--verify").exit_code == 0
+    (tmp_path / "index.json").unlink()
+    (tmp_path / "extents.safetensors").unlink()
+    write_tar(tmp_path / "0.tar", [("a.jpg", cut), ("a.cls", b"0")])
+    refused(index(tmp_path, "--verify"), tmp_path, "0.tar: a: ", "a part of it is missing")
+    for crop in (False, True):
+        with pytest.raises(BrokenSample, match="a part of it is missing"):
+            decode_image(cut, 3, 64, crop, np.empty((64, 64, 3), np.uint8))

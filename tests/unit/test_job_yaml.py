@@ -59,6 +59,9 @@ def refusal(text: str, *overrides: str) -> str:
         ("run: !!int x", "a value is not what its tag says"),
         ("run: !!bool x", "a value is not what its tag says"),
         ("run: !!int", "a value is not what its tag says"),
+        ("run: {seed: 1:30}", "line 1, column 13: 1:30 may mean two numbers"),
+        ("run: {seed: 010}", "010 may mean two numbers"),
+        ("run: {rate: 1:30.5}", "1:30.5 may mean two numbers"),
         ("run: 0b_", "a value is not what its tag says"),
         (f"run: {'9' * 5000}", "a value is not what its tag says"),
         ("run: \0", "line 1 has the character #x0000"),
@@ -124,14 +127,16 @@ def number_keys() -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "'inf'", "'nan'", "1e999"])
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "'inf'", "'nan'", "1e999", "true"])
 def test_no_key_takes_what_is_no_number(value):
     keys = number_keys()
     assert len(keys) > 20
     for key in [*keys, "cost.spot_per_gpu_hour", "workers.capacity_seconds", "run.total_images"]:
         assert f"{key}: " in refusal(SHORTEST, f"{key}={value}")
     for key in ("optimisation.betas", "optimisation.ema_decays"):
-        assert f"{key}.1: " in refusal(SHORTEST, f"{key}=[0.0, {value}]")
+        # Of truth values Python makes numbers: there the list is told.
+        place = key if value == "true" else f"{key}.1"
+        assert f"{place}: " in refusal(SHORTEST, f"{key}=[0.0, {value}]")
 
 
 def test_anchors_and_merged_sections_keep_working():

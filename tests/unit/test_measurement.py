@@ -1,8 +1,9 @@
 """What a distance is called, what its job must say, and when two may be compared."""
 
+import json
 import os
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,12 @@ def test_another_metric_is_never_comparable():
     ]
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"metric": "fid50k_adm"}'])
+WRONG = json.dumps({**asdict(RESULT), "figures": [3]}).encode()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[1]", b'{"metric": "fid50k_adm"}', b"[" * 100_000, WRONG]
+)
 def test_another_file_is_no_result(tmp_path, content):
     (tmp_path / "r.json").write_bytes(content)
     with pytest.raises(BadInput, match=r"r\.json is no result"):

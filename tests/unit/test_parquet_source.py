@@ -396,3 +396,17 @@ def test_whatever_is_changed_in_ten_thousand_files_only_our_own_errors_come_out(
     tmp_path_factory, case
 ):
     check(tmp_path_factory.mktemp("parquet"), damage(case))
+
+
+@pytest.mark.parametrize("make", [lambda images: images, structs])
+def test_a_few_kilobytes_that_become_gigabytes_are_refused_before_they_do(tmp_path, make):
+    write(tmp_path / "a.parquet", make([bytes(3 * 10**8)]), [0], compression="zstd")
+    with pytest.raises(BadInput, match=r"has [\d,]+ bytes that become 300,000,\d+, which"):
+        read(tmp_path)
+
+
+def test_of_thousands_of_columns_some_are_named(tmp_path):
+    pq.write_table(pa.table({f"column-{n}": [n] for n in range(5000)}), tmp_path / "a.parquet")
+    with pytest.raises(BadInput, match=r"it has column-0, .*column-19 \.\.\.: set") as caught:
+        read(tmp_path)
+    assert len(str(caught.value)) < 1000

@@ -96,6 +96,12 @@ def test_a_class_that_does_not_exist_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_more_pictures_than_memory_holds_are_left_to_a_job(checkpoint, tmp_path):
+    with pytest.raises(BadInput, match=r"20,000 pictures are more than 10,000: a job, such as"):
+        write_pictures(checkpoint, locate(str(tmp_path / "out")), [0], 20_000, 0, None)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_holds_something_is_refused_and_left_alone(checkpoint, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -93,6 +93,7 @@ skewed[0, 1] += 1
         ({"sigma": covariance(WIDTH) * np.inf}, "mu or sigma holds no finite numbers"),
         ({"sigma": skewed}, "sigma is no covariance"),
         ({"sigma": -covariance(WIDTH)}, "sigma is no covariance"),
+        ({"sigma": np.ones((WIDTH, WIDTH)) - np.eye(WIDTH)}, "a variance is negative"),
         ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8)}, r"\(2, 8, 8, 3\), the samples are 4 x 4"),
         ({"arr_0": np.asfortranarray(np.zeros((2, 4, 4, 3), np.uint8))}, "image after image: save"),
         ({"mu": np.asarray(["a"] * WIDTH)}, r"mu\.npy holds no plain numbers"),

@@ -218,6 +218,15 @@ def test_a_published_trace_is_read_as_it_is(tmp_path: Path):
         "seconds,nodes\n0,1\n2,1\n2,3\n",
         "seconds,nodes\n0,0\n9,0\n",
         "seconds,nodes\n0,x\n9,0\n",
+        "seconds,nodes\n0,1\nnan,1\n",
+        "seconds,nodes\n0,1\ninf,1\n",
+        "seconds,nodes\n0,1\n1e-6,0\n2e-6,1\n",
+        "seconds,nodes\n0,1\n99,10000000000000\n999,1\n",
+        f"seconds,nodes\n0,{'9' * 400}\n999,1\n",
+        '{"metadata": {"gap_seconds": 1e999}, "data": [1, 2]}',
+        '{"metadata": {"gap_seconds": 60}, "data": [1e999, 2]}',
+        '{"metadata": {"gap_seconds": 60}, "data": []}',
+        '{"data": ' + "[" * 100_000,
     ],
 )
 def test_what_is_no_trace_is_refused_in_a_line(tmp_path: Path, text: str):

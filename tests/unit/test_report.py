@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cat_ray.checkpoint.layout import GENERATOR, State
+from cat_ray.checkpoint.layout import GENERATOR, STATE, State
 from cat_ray.evaluation import plot
 from cat_ray.operations.identity import CONFIG_NAME
 from cat_ray.operations.journal import METRICS, read_rows
@@ -359,3 +359,12 @@ def test_what_the_summary_says_is_text_too(begun: Location, name: str, text: str
 def test_a_figure_that_is_not_finite_at_the_end_keeps_its_curve(begun: Location):
     write_rows(begun, [train_row(32), train_row(64) | {"r1": math.nan, "d_loss": math.inf}])
     assert {"Penalty", "Losses"} <= Page(begun).pictures.keys()
+
+
+def test_of_a_damaged_checkpoint_it_is_said_that_versions_are_not_known(begun, save_checkpoint):
+    save_checkpoint(begun, State(32, 0, "", CONFIG, {}), {GENERATOR: {"gain": torch.ones(1)}})
+    (checkpoint,) = (begun / "checkpoints").folders()
+    (checkpoint / STATE).write(b"[" * len((checkpoint / STATE).read()))
+    shown = Page(begun).text("td")
+    assert "not known" in shown
+    assert any(f"{checkpoint.uri}/state.json is damaged" in text for text in shown), shown

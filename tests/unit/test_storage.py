@@ -211,7 +211,7 @@ def test_a_file_in_a_folders_place_is_told_by_name(place):
         lambda: (place / "file").folders(),
         lambda: (place / "file" / "below").write(b"y"),
     ):
-        with pytest.raises(BadInput, match=f"storage failed at {place.uri}/file"):
+        with pytest.raises(BadInput, match=f"{place.uri}/file.*: what should be a folder is"):
             act()
 
 
@@ -304,3 +304,14 @@ def test_a_store_that_does_not_answer_is_told_by_uri_and_not_waited_for(monkeypa
 def test_a_host_that_swallows_packets_is_given_up_soon():
     # A connection that is refused fails at once; one that hangs costs these.
     assert storage.ATTEMPTS * storage.CONNECT_SECONDS <= 60
+
+
+def test_a_pipe_is_no_file_and_is_not_waited_for(place, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for read in (
+        lambda p: p.read(),
+        lambda p: p.read_range(0, 1),
+        lambda p: p.opened().__enter__(),
+    ):
+        with pytest.raises(BadInput, match="pipe is no file: remove what lies there"):
+            read(place / "pipe")
