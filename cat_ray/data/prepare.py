@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -32,7 +32,7 @@ from cat_ray.data.tasks import run_tasks
 from cat_ray.data.writable import check_writable
 from cat_ray.errors import BadInput, Damaged
 from cat_ray.folder_lock import is_lock, locked
-from cat_ray.json_text import parse_object
+from cat_ray.json_text import parse_json
 from cat_ray.objective.alignment import load_teacher
 from cat_ray.operations.counting import Counting
 from cat_ray.section import Storage
@@ -42,6 +42,7 @@ RECORDS = "records"
 JOB_NAME, BROKEN_NAME = "preparation.json", "broken.json"
 # Shown to people: what the classes hold, and what the pictures look like.
 HISTOGRAM_NAME, CONTACT_NAME = "classes.png", "contact.png"
+T = TypeVar("T")
 
 
 def prepare(job: Preparation, tell: Callable[[str], None] = lambda _: None) -> Index:
@@ -100,7 +101,7 @@ def _prepare(job: Preparation, folder: Location, found: Found) -> Index:
 def left_out(job: Preparation) -> int:
     """How many samples of a finished preparation couldn't be used."""
     folder = job.storage.locate(job.output.folder)
-    return len(_read_object(folder / BROKEN_NAME))
+    return len(_read_json(folder / BROKEN_NAME, list))
 
 
 def digits(folder: str, storage: Storage) -> Preparation:
@@ -134,7 +135,7 @@ def _is_claimed(folder: Location, own: Mapping[str, Any]) -> bool:
     names = {name for name in folder.sizes() if not is_lock(name)}
     place = folder / JOB_NAME
     if place.exists():
-        changed = list(_changes(_read_object(place), own))
+        changed = list(_changes(_read_json(place, dict), own))
         # Of a job that failed before it had written anything another may take the place.
         if changed and (names != {JOB_NAME} or folder.folders()):
             raise BadInput(
@@ -147,18 +148,21 @@ def _is_claimed(folder: Location, own: Mapping[str, Any]) -> bool:
     return False
 
 
-def _read_object(place: Location) -> dict[str, Any]:
-    """A JSON object that an earlier call wrote.
+def _read_json(place: Location, kind: type[T]) -> T:
+    """What an earlier call wrote: an object or a list.
 
     Raises:
         Damaged: it is none any more.
     """
     try:
-        return parse_object(place.read())
-    except ValueError as error:
+        found = parse_json(place.read())
+    except ValueError:
+        found = None
+    if not isinstance(found, kind):
         raise Damaged(
             f"{place.uri} is damaged: restore it, or choose another output.folder to begin anew"
-        ) from error
+        )
+    return found
 
 
 def _changes(
@@ -251,7 +255,7 @@ def _finish(
 ) -> Index:
     """Puts all records together to the index, draws what people look at, removes the records."""
     output = job.output
-    records = [_read_object(folder / RECORDS / f"{plan.name}.json") for plan in plans]
+    records = [_read_json(folder / RECORDS / f"{plan.name}.json", dict) for plan in plans]
     shards = [Shard(**record["shard"]) for record in records]
     counts = Counter[int]()
     for record in records:

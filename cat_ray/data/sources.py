@@ -91,8 +91,8 @@ def list_units(source: Source, left_out: Counter[str] | None = None) -> Listing:
     twice = [key for key, count in Counter(u.key for u in units if u.key).items() if count > 1]
     if twice:
         raise BadInput(
-            f"{source.place.uri} holds {len(twice)} names twice but for endings and dots, such as "
-            f"{twice[0]}: rename one of the two"
+            f"{source.place.uri} holds {len(twice):,} name{'s' * (len(twice) > 1)} twice, but for "
+            f"endings and dots, such as {twice[0]}: rename one of the two"
         )
     return units, classes
 
