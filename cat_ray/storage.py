@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ REQUEST_SECONDS = 20.0
 ATTEMPTS = 3
 OPEN_FILES = 256
 BUFFER_BYTES = 4 << 20
+PIECE_BYTES = 32 << 20
+MARK_BYTES = 16
 T = TypeVar("T")
 
 # Servers other than AWS refuse the checksum trailers that the AWS SDK would send. Uploads and
@@ -109,7 +112,8 @@ class Location:
         def read() -> bytes:
             for _ in range(ATTEMPTS):
                 with self.filesystem.open_input_file(self.path) as file:
-                    size, content = file.size(), file.read()
+                    size = file.size()
+                    content = file.read() if self.local_path else self._pieces(file, size)
                 if len(content) < size:
                     raise StorageDown(f"{self.uri}: {len(content)} of {size} bytes were sent")
                 # Of a file that was replaced by a longer one since Arrow asked for its size, this
@@ -129,13 +133,10 @@ class Location:
         """
 
         def read() -> bytes:
-            content = _opened(self).read_at(end - begin, begin)
-            if len(content) < end - begin:
-                size = self.filesystem.get_file_info(self.path).size or 0
-                if begin + len(content) < min(end, size):
-                    told = f"{len(content)} of {end - begin} bytes were sent"
-                    raise StorageDown(f"{self.uri}: {told}")
-            return content
+            file = _opened(self, threading.get_ident())
+            content = bytearray(max(0, min(end, file.size()) - begin))
+            self._read_into(file, begin, content)
+            return bytes(content)
 
         content = self._ask(read)
         if len(content) < end - begin:
@@ -314,6 +315,35 @@ class Location:
 
         return self._ask(lambda: self._surely(look, is_empty))
 
+    def _pieces(self, file: NativeFile, size: int) -> bytes:
+        """All of an open file, without holding it twice."""
+        content, buffer = io.BytesIO(), memoryview(bytearray(min(size, PIECE_BYTES)))
+        for begin in range(0, size, PIECE_BYTES):
+            piece = buffer[: min(PIECE_BYTES, size - begin)]
+            self._read_into(file, begin, piece)
+            content.write(piece)
+        return content.getvalue()
+
+    def _read_into(self, file: NativeFile, begin: int, buffer: Any) -> None:
+        """Fills a buffer from an open file, which must not end before.
+
+        Where an answer is cut off in its head, Arrow 26 says that all was read, and has written
+        nothing: what the buffer held would be taken for the content. So its end is marked.
+        """
+        view = memoryview(buffer).cast("B")
+        mark = os.urandom(min(MARK_BYTES, len(view)))
+        # The content may be the mark, but not another one as well.
+        for sign in (mark, bytes(255 - byte for byte in mark)):
+            view[len(view) - len(sign) :] = sign
+            file.seek(begin)
+            count = file.readinto(view)
+            if count < len(view):
+                raise StorageDown(f"{self.uri}: {count} of {len(view)} bytes were sent")
+            if view[len(view) - len(sign) :] != sign:
+                return
+        if mark:
+            raise StorageDown(f"{self.uri}: an answer came without its content")
+
     def _check_is_no_pipe(self) -> None:
         """Looks before a file is opened: to open a pipe waits for ever.
 
@@ -379,21 +409,18 @@ class _Retried(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         wanted = max(0, min(len(buffer), self._size - self._at))
 
-        def read() -> bytes:
-            content = self._file.read_at(wanted, self._at)
-            if len(content) < wanted:
-                raise StorageDown(f"{self._place.uri}: {len(content)} of {wanted} bytes were sent")
-            return content
-
         if wanted:
-            buffer[:wanted] = self._place._ask(read)
+            piece = memoryview(buffer)[:wanted]
+            self._place._ask(lambda: self._place._read_into(self._file, self._at, piece))
         self._at += wanted
         return wanted
 
 
 @lru_cache(maxsize=OPEN_FILES)
-def _opened(place: Location) -> NativeFile:
-    # Opening asks an object store for the size: once for a file, not for every part of it.
+def _opened(place: Location, thread: int) -> NativeFile:
+    # Opening asks an object store for the size: once for a file, not for every part of it. An open
+    # file has one place where it is read: each thread has its own.
+    del thread
     return place._open()
 
 

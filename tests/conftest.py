@@ -31,6 +31,7 @@ from cat_ray.config import dump, parse
 from cat_ray.model.build import build_generator
 from cat_ray.storage import Location, locate
 
+TESTS = Path(__file__).parent
 TINY_JOB = """
 run: {folder: FOLDER/run, total_images: 64}
 data: {shards: FOLDER/shards, source: mnist, num_classes: 10}
@@ -45,6 +46,20 @@ workers: {minimum: 2, maximum: 2, cpus_per_worker: 0.5, max_failures: 0}
 checkpoints: {save_every_images: 32}
 reporting: {log_every_images: 32, grid_every_images: 64}
 """
+
+
+# Those that start clusters and groups of processes: one at a time, while others compute.
+ROOMS_OF_PROCESSES = {"chaos", "distributed", "gpu", "promises", "ray"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests `--dist loadgroup` keeps in one process: those of a file if nothing is said."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            room = item.path.relative_to(TESTS).parts[0]
+            group = "processes" if room in ROOMS_OF_PROCESSES else item.path.name
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

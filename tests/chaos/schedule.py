@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from urllib.parse import parse_qs, urlsplit
 
 # `killed` is done by whoever owns the server; the proxy then meets nobody.
-FAULTS = ("gone", "killed", "slow", "500", "503", "409", "cut answer", "cut request", "silent")
+FAULTS = (
+    "gone",
+    "killed",
+    "slow",
+    "500",
+    "503",
+    "409",
+    "cut answer",
+    "cut head",
+    "cut request",
+    "silent",
+)
 CHECKPOINT = re.compile(r"/checkpoints/[^/]+/(?P<file>[^/]+)$")
 KINDS = (
     ("shard", r"\.tar$"),
@@ -74,10 +85,10 @@ def kind_of(method: str, target: str) -> str:
 
 
 def step_of(method: str, target: str) -> str | None:
-    """Which step of an upload in parts a request is, if it is one."""
+    """Which step of an upload in parts a request is, or whether it asks for content."""
     query = parse_qs(urlsplit(target).query, keep_blank_values=True)
     if method == "POST" and "uploads" in query:
         return "begin upload"
     if "uploadId" in query:
         return {"PUT": "upload part", "POST": "end upload"}.get(method)
-    return None
+    return "content" if method == "GET" and "list-type" not in query else None
