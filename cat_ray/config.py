@@ -16,8 +16,7 @@ from cat_ray.errors import BadInput
 from cat_ray.evaluation.measurement import BesideTraining
 from cat_ray.job_yaml import read_text, read_yaml
 from cat_ray.model.sizes import SIZES, Size, scales
-from cat_ray.objective.augment import AugmentPolicy
-from cat_ray.objective.consistency import default_stage_weights
+from cat_ray.objective.settings import AugmentPolicy, default_stage_weights
 from cat_ray.section import (
     AS_WRITTEN,
     HttpUrl,

@@ -5,15 +5,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cat_ray.data.latent_shape import CHANNELS, REDUCTION
 from cat_ray.errors import BadInput
 from cat_ray.pretrained import kind_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-CHANNELS = 4
-REDUCTION = 8
-IMAGE_CHANNELS = 3
 
 
 class LatentCodec(nn.Module):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cat_ray.data.decode import check_decodes, class_of, encoded_image
 from cat_ray.data.image_file import BrokenSample, opened_image
 from cat_ray.data.index import Shard
-from cat_ray.data.latents import CHANNELS
+from cat_ray.data.latent_shape import CHANNELS
 from cat_ray.data.packs import LATENTS, unpack
 from cat_ray.data.tar import RawSample, read_samples, told_of_repeated
 from cat_ray.errors import BadInput

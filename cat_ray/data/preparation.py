@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cat_ray.data.latents import REDUCTION
+from cat_ray.data.latent_shape import REDUCTION
 from cat_ray.section import FilePattern, Latents, ModelName, Section, Storage, Uri
 
 # What packages carry, and how an index tells of it.

@@ -21,7 +21,8 @@ from cat_ray.data.contact import SHOWN, contact_sheet, histogram
 from cat_ray.data.encoder import Encoder, Encodings
 from cat_ray.data.found import Found, look
 from cat_ray.data.index import INDEX_NAME, Index, Shard, dense, read_index, write_index
-from cat_ray.data.latents import CHANNELS, REDUCTION, load_vae
+from cat_ray.data.latent_shape import CHANNELS, REDUCTION
+from cat_ray.data.latents import load_vae
 from cat_ray.data.preparation import CARRIED, Output, Preparation
 from cat_ray.data.preparation import Source as SourceSection
 from cat_ray.data.shard_file import Written, write_shard_file

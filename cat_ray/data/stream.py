@@ -28,7 +28,7 @@ from cat_ray.data.index import (
     read_extents,
     read_index,
 )
-from cat_ray.data.latents import IMAGE_CHANNELS, REDUCTION
+from cat_ray.data.latent_shape import IMAGE_CHANNELS, REDUCTION
 from cat_ray.data.order import Piece, Stream, lane_images, pieces
 from cat_ray.data.read import Batch, Reading, part_of
 from cat_ray.data.reading_task import COLUMNS, CPUS_PER_READ, PIECES, packed, read_pieces

@@ -12,8 +12,7 @@ from cat_ray.data.read import Reading
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.features import Featuriser
 from cat_ray.evaluation.image_sources import FromNpz, FromShards, ImageSource
-from cat_ray.evaluation.measurement import Measurement
-from cat_ray.evaluation.precision_recall import NEIGHBOURS
+from cat_ray.evaluation.measurement import NEIGHBOURS, Measurement
 from cat_ray.evaluation.ranges import (
     KEPT_RANGES,
     RANGE_IMAGES,

@@ -5,8 +5,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cat_ray.evaluation.precision_recall import NEIGHBOURS
 from cat_ray.section import Latents, LocalPath, Section, Storage, Uri
+
+# Of precision and recall, which have to be fewer than the samples.
+NEIGHBOURS = 3
 
 
 class Drawing(Section):

@@ -2,7 +2,7 @@
 
 from cat_ray.data.index import INDEX_NAME
 from cat_ray.data.indexing import index_shards
-from cat_ray.data.latents import IMAGE_CHANNELS
+from cat_ray.data.latent_shape import IMAGE_CHANNELS
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.copies import png_place, read_pixels
 from cat_ray.evaluation.grid import grid, to_image, to_png

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NEIGHBOURS = 3
+from cat_ray.evaluation.measurement import NEIGHBOURS
+
 # Rows of distances that are in memory at a time.
 ROWS = 1000
 

@@ -10,7 +10,7 @@ import torch
 from cat_ray.checkpoint.layout import MANIFEST
 from cat_ray.checkpoint.read import read_config, read_state, resolve
 from cat_ray.config import Config
-from cat_ray.data.latents import IMAGE_CHANNELS, REDUCTION
+from cat_ray.data.latent_shape import IMAGE_CHANNELS, REDUCTION
 from cat_ray.errors import BadInput
 from cat_ray.evaluation.copies import Copies
 from cat_ray.evaluation.image_sources import Generated

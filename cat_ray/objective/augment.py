@@ -11,22 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class AugmentPolicy:
-    """Which augmentations, and how strong.
-
-    Attributes:
-        color: probability of each of brightness, saturation and contrast, for each image.
-        translation: largest shift as a share of the side.
-        cutout: side of the blanked square as a share of the side; 0 is off.
-        flip: probability of a horizontal flip.
-    """
-
-    color: float = 0.5
-    translation: float = 0.125
-    cutout: float = 0.5
-    flip: float = 0.4
+from cat_ray.objective.settings import AugmentPolicy
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,6 @@ from torch import Tensor
 StopGradient = Literal["none", "final", "intermediate"]
 
 
-def default_stage_weights(stages: int) -> tuple[float, ...]:
-    """1 / (K - k) for k = 1..K-1: divides by how many residuals the distance spans."""
-    return tuple(1.0 / (stages - stage) for stage in range(1, stages))
-
-
 def consistency(
     outputs: Tensor, stage_weights: Sequence[float], stop_gradient: StopGradient = "none"
 ) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from cat_ray.config import Config
 from cat_ray.data.index import INDEX_NAME, read_index
-from cat_ray.data.latents import CHANNELS, REDUCTION
+from cat_ray.data.latent_shape import CHANNELS, REDUCTION
 
 HALF_BYTES = 2
 # A JPEG of 256 x 256, cut from photographs: 24 KB (README, "Data").

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cat_ray.config import Config
-from cat_ray.data.latents import IMAGE_CHANNELS, REDUCTION
+from cat_ray.data.latent_shape import IMAGE_CHANNELS, REDUCTION
 from cat_ray.data.read import Batch, Reading
 from cat_ray.storage import locate
 from cat_ray.training.lanes import micro_batches, share

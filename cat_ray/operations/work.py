@@ -8,7 +8,7 @@ the gradient of the inputs is taken, which is one time for a linear layer.
 from dataclasses import dataclass
 
 from cat_ray.config import Config
-from cat_ray.data.latents import REDUCTION
+from cat_ray.data.latent_shape import REDUCTION
 from cat_ray.model.layers import padded
 from cat_ray.model.sizes import Size
 

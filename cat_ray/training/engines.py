@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, distributed, nn
@@ -55,31 +56,32 @@ class Engine:
     def __init__(
         self, network: nn.Module, settings: EngineSettings, optimisation: Optimisation, width: int
     ):
-        deepspeed = _import_deepspeed()
         self.zero_stage = settings.zero_stage
         self.world_size = distributed.get_world_size()
         self.before_step: Callable[[], None] = lambda: None
-        optimizer = adamw(network, settings, optimisation, width)
-        self._engine: Any = deepspeed.initialize(
-            model=network,
-            optimizer=cast(Any, optimizer),
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": optimisation.gradient_clip,
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "zero_optimization": {
-                    "stage": settings.zero_stage,
-                    # Every parameter is partitioned, so that averages can be kept as shards.
-                    "stage3_param_persistence_threshold": 0,
-                    # A bucket is reduced while the gradients of the next one are computed.
-                    "overlap_comm": True,
-                    "reduce_bucket_size": BUCKET_ELEMENTS,
-                    **_offload(settings),
-                },
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": optimisation.gradient_clip,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {
+                "stage": settings.zero_stage,
+                # Every parameter is partitioned, so that averages can be kept as shards.
+                "stage3_param_persistence_threshold": 0,
+                # A bucket is reduced while the gradients of the next one are computed.
+                "overlap_comm": True,
+                "reduce_bucket_size": BUCKET_ELEMENTS,
+                **_offload(settings),
             },
-        )[0]
+        }
+        deepspeed = _import_deepspeed()
+        optimizer = cast(Any, adamw(network, settings, optimisation, width))
+        # It loads an optimiser that is compiled where it is defined, and the compiler with it.
+        with patch.object(torch, "compile", lambda function: function):
+            self._engine: Any = deepspeed.initialize(
+                model=network, optimizer=optimizer, config=config
+            )[0]
 
     @property
     def module(self) -> nn.Module:

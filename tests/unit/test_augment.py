@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from cat_ray.objective.augment import (
     AugmentDraws,
-    AugmentPolicy,
     augment,
     augment_stages,
     concatenate,
     draw,
     move,
 )
+from cat_ray.objective.settings import AugmentPolicy
 
 few = settings(max_examples=30, deadline=None, derandomize=True)
 SIDE = 32

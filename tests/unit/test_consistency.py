@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cat_ray.objective.consistency import consistency, default_stage_weights
+from cat_ray.objective.consistency import consistency
+from cat_ray.objective.settings import default_stage_weights
 
 STAGES = 4
 

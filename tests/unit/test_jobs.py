@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cat_ray.config import Config, dump, load, parse
-from cat_ray.data.latents import REDUCTION
+from cat_ray.data.latent_shape import REDUCTION
 from cat_ray.data.preparation import Preparation
 from cat_ray.evaluation.measurement import Measurement, Sampling
 from cat_ray.model.build import build_discriminator, build_generator
