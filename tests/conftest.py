@@ -28,7 +28,9 @@ from torch import Tensor
 from cat_ray.checkpoint.layout import GENERATOR, State, average_group
 from cat_ray.checkpoint.write import CheckpointWriter, Slice
 from cat_ray.config import dump, parse
+from cat_ray.data.prepare import digits, prepare
 from cat_ray.model.build import build_generator
+from cat_ray.section import Storage
 from cat_ray.storage import Location, locate
 
 TESTS = Path(__file__).parent
@@ -90,6 +92,20 @@ def job_file(tmp_path: Path, tiny_job: str) -> Path:
     path = tmp_path / "job.yaml"
     path.write_text(tiny_job)
     return path
+
+
+@pytest.fixture(scope="session")
+def written_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's shards."""
+    folder = tmp_path_factory.mktemp("digits") / "shards"
+    prepare(digits(str(folder), Storage()))
+    return folder
+
+
+@pytest.fixture
+def digit_shards(tmp_path: Path, written_digits: Path) -> Path:
+    """The same where the tiny job looks for them: its run needn't write them first."""
+    return Path(shutil.copytree(written_digits, tmp_path / "shards"))
 
 
 SaveCheckpoint = Callable[[Location, State, dict[str, dict[str, Tensor]]], Location]

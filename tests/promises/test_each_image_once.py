@@ -19,6 +19,7 @@ from cat_ray.operations.journal import read_rows
 from cat_ray.storage import locate
 from cat_ray.training.faults import parse_schedule
 
+pytestmark = pytest.mark.usefixtures("digit_shards")
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))
 
 

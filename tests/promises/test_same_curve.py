@@ -17,6 +17,7 @@ from cat_ray.operations.verify_resume import verify_resume
 from cat_ray.storage import locate
 from cat_ray.training.health import read_roll_backs
 
+pytestmark = pytest.mark.usefixtures("digit_shards")
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))
 WITH_NAN = Path(__file__).with_name("nan_steps.py")
 WAIT_SECONDS = 300

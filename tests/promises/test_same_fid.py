@@ -20,7 +20,6 @@ from PIL import Image
 from cat_ray.config import parse
 from cat_ray.connection import connected
 from cat_ray.data.index import read_index
-from cat_ray.data.prepare import digits, prepare
 from cat_ray.data.read import Reading, read_images
 from cat_ray.evaluation.distance import frechet_distance, moments
 from cat_ray.evaluation.features import grid_means
@@ -29,7 +28,6 @@ from cat_ray.evaluation.precision_recall import Balls
 from cat_ray.evaluation.precision_recall_tasks import precision_and_recall
 from cat_ray.evaluation.sampling import class_labels, latents, sample_stages, to_pixels
 from cat_ray.model.build import build_generator
-from cat_ray.section import Storage
 from cat_ray.storage import Location, locate
 
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))
@@ -38,13 +36,12 @@ WAIT_SECONDS = 300
 
 
 @pytest.fixture
-def job(tmp_path: Path, checkpoint: Location) -> Path:
+def job(tmp_path: Path, checkpoint: Location, digit_shards: Path) -> Path:
     """A measurement of random weights against digits."""
-    prepare(digits(f"{tmp_path}/shards", Storage()))
     values = {
         "samples": {"checkpoint": checkpoint.uri, "count": SAMPLES},
         "features": {"network": "pixels"},
-        "reference": f"{tmp_path}/shards",
+        "reference": str(digit_shards),
         "output": {"folder": f"{tmp_path}/undisturbed"},
     }
     path = tmp_path / "fid.yaml"

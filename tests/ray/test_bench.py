@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from cat_ray.data.prepare import digits, prepare
 from cat_ray.operations.step_times import COMMUNICATION
-from cat_ray.section import Storage
 
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))
 
 
 @pytest.fixture
-def job(job_file: Path, tmp_path: Path) -> Path:
-    prepare(digits(f"{tmp_path}/shards", Storage()))
+def job(job_file: Path, digit_shards: Path) -> Path:
+    assert digit_shards.is_dir()
     return job_file
 
 

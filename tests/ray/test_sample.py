@@ -14,11 +14,9 @@ import yaml
 
 from cat_ray.config import load
 from cat_ray.connection import connected
-from cat_ray.data.prepare import digits, prepare
 from cat_ray.evaluation.fid import fid
 from cat_ray.evaluation.measurement import Measurement, Sampling
 from cat_ray.evaluation.sample_set import make_samples
-from cat_ray.section import Storage
 from cat_ray.storage import Location
 
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))
@@ -33,17 +31,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_samples_are_those_that_are_measured_even_after_a_kill(
-    tmp_path: Path, checkpoint: Location
+    tmp_path: Path, checkpoint: Location, digit_shards: Path
 ) -> None:
-    shards = f"{tmp_path}/shards"
-    prepare(digits(shards, Storage()))
     values: dict[str, Any] = {
         "samples": {"checkpoint": checkpoint.uri, "count": SAMPLES, "seed": 3},
         "output": {"folder": f"{tmp_path}/measured", "png": True},
     }
     features = {"network": "pixels"}
     with connected(2, {}):
-        measured, _ = fid(Measurement(**values, features=features, reference=shards))
+        measured, _ = fid(Measurement(**values, features=features, reference=str(digit_shards)))
 
     folder, job = tmp_path / "sampled", tmp_path / "sample.yaml"
     job.write_text(yaml.safe_dump(values | {"output": {"folder": str(folder), "png": True}}))

@@ -15,6 +15,7 @@ from cat_ray.checkpoint.read import newest, read_config, read_state
 from cat_ray.operations.journal import read_rows
 from cat_ray.storage import Location, locate
 
+pytestmark = pytest.mark.usefixtures("digit_shards")
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))
 KILL_AFTER_SECONDS = 600
 PHASE_IMAGES = 320

@@ -18,7 +18,7 @@ from cat_ray.checkpoint.read import newest, read_state, verify
 from cat_ray.operations.journal import read_rows
 from cat_ray.storage import locate
 
-pytestmark = pytest.mark.usefixtures("heeds_hang_up")
+pytestmark = pytest.mark.usefixtures("heeds_hang_up", "digit_shards")
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))
 WAIT_SECONDS = 300
 # The agents of a raylet look every few seconds whether it is there.

@@ -17,6 +17,7 @@ import pytest
 from cat_ray.checkpoint.read import newest, read_state, verify
 from cat_ray.storage import locate
 
+pytestmark = pytest.mark.usefixtures("digit_shards")
 BIN = Path(sys.executable).parent
 TOKEN, OTHER_TOKEN = 32 * "0a", 32 * "0b"
 WAIT_SECONDS = 300

@@ -17,12 +17,11 @@ from cat_ray.checkpoint.layout import STATE, read_manifest
 from cat_ray.checkpoint.read import newest, read_state
 from cat_ray.checkpoint.retain import read_best
 from cat_ray.config import Workers
-from cat_ray.data.prepare import digits, prepare
 from cat_ray.operations.journal import read_rows
-from cat_ray.section import Storage
 from cat_ray.storage import Location, locate
 from cat_ray.training.process import worker_environment
 
+pytestmark = pytest.mark.usefixtures("digit_shards")
 COMMAND = str(Path(sys.executable).with_name("cat-ray"))
 KILL_AFTER_SECONDS = 600
 
@@ -128,7 +127,6 @@ def damage(shards: Path, samples: int) -> None:
 
 
 def test_more_broken_samples_than_allowed_end_the_run(job_file: Path, tmp_path: Path) -> None:
-    prepare(digits(f"{tmp_path}/shards", Storage()))
     damage(tmp_path / "shards", 400)
     result = train(
         job_file,
@@ -172,7 +170,6 @@ def test_what_is_found_before_the_work_is_one_message_and_its_exit_code(
     from cat_ray.operations.identity import claim
 
     shards = locate(f"{tmp_path}/shards")
-    prepare(digits(shards.uri, Storage()))
     digest = read_index(shards).digest()
     claim(locate(f"{tmp_path}/run"), configuration.load(str(job_file)), digest)
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -215,7 +212,6 @@ def test_a_run_has_its_configuration_and_is_not_begun_anew_when_all_its_checkpoi
 def test_a_damaged_data_set_is_found_before_training(
     fault: str, message: str, job_file: Path, tmp_path: Path
 ) -> None:
-    prepare(digits(f"{tmp_path}/shards", Storage()))
     path = tmp_path / "shards" / "train-000003.tar"
     if fault == "truncate":
         path.write_bytes(path.read_bytes()[:-1024])
