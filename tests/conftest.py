@@ -24,6 +24,7 @@ import pytest
 import torch
 from group_process import start
 from torch import Tensor
+from xdist.scheduler import LoadScopeScheduling
 
 from cat_ray.checkpoint.layout import GENERATOR, State, average_group
 from cat_ray.checkpoint.write import CheckpointWriter, Slice
@@ -33,7 +34,6 @@ from cat_ray.model.build import build_generator
 from cat_ray.section import Storage
 from cat_ray.storage import Location, locate
 
-TESTS = Path(__file__).parent
 TINY_JOB = """
 run: {folder: FOLDER/run, total_images: 64}
 data: {shards: FOLDER/shards, source: mnist, num_classes: 10}
@@ -54,14 +54,18 @@ reporting: {log_every_images: 32, grid_every_images: 64}
 ROOMS_OF_PROCESSES = {"chaos", "distributed", "gpu", "promises", "ray"}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests `--dist loadgroup` keeps in one process: those of a file if nothing is said."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            room = item.path.relative_to(TESTS).parts[0]
-            group = "processes" if room in ROOMS_OF_PROCESSES else item.path.name
-            item.add_marker(pytest.mark.xdist_group(group))
+class ByRoom(LoadScopeScheduling):
+    """How `pytest -n 2` shares the tests out."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        """Tests with the same answer run in one process, in order."""
+        file = Path(nodeid.split("::")[0])
+        return "processes" if file.parent.name in ROOMS_OF_PROCESSES else str(file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByRoom:
+    """Asked for by pytest-xdist."""
+    return ByRoom(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
