@@ -316,7 +316,10 @@ class Location:
         return self._ask(lambda: self._surely(look, is_empty))
 
     def _pieces(self, file: NativeFile, size: int) -> bytes:
-        """All of an open file, without holding it twice."""
+        """All of an open file, without holding it twice.
+
+        What is larger than a piece is written once, or pieces could be of two versions.
+        """
         content, buffer = io.BytesIO(), memoryview(bytearray(min(size, PIECE_BYTES)))
         for begin in range(0, size, PIECE_BYTES):
             piece = buffer[: min(PIECE_BYTES, size - begin)]
