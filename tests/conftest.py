@@ -63,6 +63,7 @@ class ByRoom(LoadScopeScheduling):
         return "processes" if file.parent.name in ROOMS_OF_PROCESSES else str(file)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByRoom:
     """Asked for by pytest-xdist."""
     return ByRoom(config, log)

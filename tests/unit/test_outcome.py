@@ -200,6 +200,7 @@ def test_an_end_of_ray_train_is_one_of_ours_in_one_line(
 
     monkeypatch.setattr(driver, "ElasticTrainer", lambda *_, **__: SimpleNamespace(fit=fit))
     monkeypatch.setattr(driver.elasticity, "environment", lambda *_: {})
+    monkeypatch.setattr(driver, "keep_helpers_here", lambda: None)
     with pytest.raises(end) as caught:
         driver._fit(parse(tiny_job, "job.yaml"), run, "a", lambda: pytest.fail("starts"), ())
     assert str(caught.value).endswith(told)

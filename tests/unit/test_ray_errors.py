@@ -233,6 +233,7 @@ def test_a_run_that_ended_for_a_stall_says_so(run, tiny_job, monkeypatch, stalle
 
     monkeypatch.setattr(driver, "ElasticTrainer", lambda *_, **__: SimpleNamespace(fit=fit))
     monkeypatch.setattr(driver.elasticity, "environment", lambda *_: {})
+    monkeypatch.setattr(driver, "keep_helpers_here", lambda: None)
     with pytest.raises(RunFailed) as caught:
         driver._fit(parse(tiny_job, "job.yaml"), run, "a", lambda: pytest.fail("starts"), ())
     told = str(caught.value)
