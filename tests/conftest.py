@@ -50,8 +50,8 @@ reporting: {log_every_images: 32, grid_every_images: 64}
 """
 
 
-# Those that start clusters and groups of processes: one at a time, while others compute.
-ROOMS_OF_PROCESSES = {"chaos", "distributed", "gpu", "promises", "ray"}
+# Their tests start clusters: one at a time, while the other process does all the rest.
+ROOMS_OF_CLUSTERS = {"promises", "ray"}
 
 
 class ByRoom(LoadScopeScheduling):
@@ -60,7 +60,7 @@ class ByRoom(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         """Tests with the same answer run in one process, in order."""
         file = Path(nodeid.split("::")[0])
-        return "processes" if file.parent.name in ROOMS_OF_PROCESSES else str(file)
+        return "clusters" if file.parent.name in ROOMS_OF_CLUSTERS else str(file)
 
 
 @pytest.hookimpl(optionalhook=True)

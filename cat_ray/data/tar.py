@@ -147,7 +147,11 @@ def _walk(
                 end = start + padded(size)
                 if size > LONGEST_ENTRY_BYTES or end > length:
                     raise BadHeader(f"an entry of {size:,} bytes at byte {at:,} is too long")
-                told = told.and_also(kind, read(start, start + size), at)
+                content = read(start, end)
+                if kind == tarfile.GNUTYPE_LONGNAME and content[size:].strip(b"\0"):
+                    # tarfile would take all of it, others as much as is told.
+                    raise BadHeader(f"the name at byte {start:,} is longer than its header tells")
+                told = told.and_also(kind, content[:size], at)
             else:
                 own_name = told.name or name_in(header)
                 size = size if told.size is None else told.size

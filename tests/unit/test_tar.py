@@ -372,6 +372,9 @@ HOSTILE = {
     "one name for all members": with_records(b"10 path=a\n", kind=b"g"),
     "an empty name": with_records(b"\0" * 9, kind=b"L"),
     "a long name of 2 MiB": with_records(b"n" * 2**21, kind=b"L"),
+    "a long name beyond its size": header_of(
+        with_records(b"n" * 155 + b"\0", kind=b"L"), size=b"00000000012\0"
+    ),
     "a sparse member": header_of(WHOLE, kind=b"S"),
     "a sparse member as PAX has it": with_records(b"22 GNU.sparse.major=1\n"),
     "a PAX header before the end": tar([])[:0] + with_records(b"10 path=a\n")[:1024] + bytes(1024),
