@@ -303,7 +303,11 @@ def test_a_mutated_manifest_is_read_as_it_was_written_or_refused(saved, count):
         (saved.last / MANIFEST).write(content)
         check_read(saved)
 
-    fuzz(count, contents(saved.files[MANIFEST], signed), check)
+    # Of one that is shorter by the manifest, what lies past its end was not looked at.
+    swapped = json.loads(saved.files[MANIFEST])
+    tensors = swapped["tensors"][GENERATOR]
+    tensors["bias"], tensors["scale"] = tensors["scale"], tensors["bias"]
+    fuzz(count, contents(saved.files[MANIFEST], signed), check, seeds=(signed(swapped),))
 
 
 @counts
