@@ -39,7 +39,7 @@ def test_faults_of_workers_lose_and_double_no_image(tiny_job: str) -> None:
         tiny_job,
         "raise@80,kill@176:1,stop@272:1,refuse@336,truncate@400",
         "run.total_images=512",
-        "workers={minimum: 2, maximum: 2, cpus_per_worker: 0.5, stall_seconds: 5}",
+        "workers={minimum: 2, maximum: 2, cpus_per_worker: 0.5, stall_seconds: 15}",
     )
     # What came after the last save is done again; after the one before it, where the last one was
     # still on its way when the worker died.
