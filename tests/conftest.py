@@ -50,6 +50,8 @@ reporting: {log_every_images: 32, grid_every_images: 64}
 """
 
 
+# Ray would let its workers wait for the tests in the other process.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Their tests start clusters: one at a time, while the other process does all the rest.
 ROOMS_OF_CLUSTERS = {"promises", "ray"}
 

@@ -87,6 +87,8 @@ def test_a_termination_signal_costs_nothing_beyond_the_running_step(
     assert "run the same command again" in log.read_text()
 
 
+# The default run goes back in distributed/test_loop.py, and tells of it in unit/test_outcome.py.
+@pytest.mark.long
 def test_a_sick_gan_goes_back_with_other_noise_and_says_why(long_job: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     # From the first steps on R1 is above this: every step is bad, and none may be saved.
