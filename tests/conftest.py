@@ -52,8 +52,13 @@ reporting: {log_every_images: 32, grid_every_images: 64}
 
 # Ray would let its workers wait for the tests in the other process.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# Their tests start clusters: one at a time, while the other process does all the rest.
-ROOMS_OF_CLUSTERS = {"promises", "ray"}
+# Tests that kill, stop and wait for whole runs: one at a time, while the other process does the
+# rest, in which these files of `tests/ray` only use a Ray.
+ROOMS_OF_RUNS = {"promises", "ray"}
+USE_A_RAY = {
+    f"test_{name}.py"
+    for name in ("bench", "doctor", "plan", "prepare", "prometheus", "ray_errors", "sample")
+}
 
 
 class ByRoom(LoadScopeScheduling):
@@ -62,7 +67,8 @@ class ByRoom(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         """Tests with the same answer run in one process, in order."""
         file = Path(nodeid.split("::")[0])
-        return "clusters" if file.parent.name in ROOMS_OF_CLUSTERS else str(file)
+        runs = file.parent.name in ROOMS_OF_RUNS and file.name not in USE_A_RAY
+        return "runs" if runs else str(file)
 
 
 @pytest.hookimpl(optionalhook=True)
