@@ -107,11 +107,9 @@ class Location:
             NotFound: there is no such file.
         """
 
-        self._check_is_no_pipe()
-
         def read() -> bytes:
             for _ in range(ATTEMPTS):
-                with self.filesystem.open_input_file(self.path) as file:
+                with self._open_once() as file:
                     size = file.size()
                     content = file.read() if self.local_path else self._pieces(file, size)
                 if len(content) < size:
@@ -347,23 +345,19 @@ class Location:
         if mark:
             raise StorageDown(f"{self.uri}: an answer came without its content")
 
-    def _check_is_no_pipe(self) -> None:
-        """Looks before a file is opened: to open a pipe waits for ever.
+    def _open_once(self) -> NativeFile:
+        """Opens the file, but nothing else that may lie there: to open a pipe waits for ever.
 
         Raises:
-            Damaged: something else than a file lies there.
+            Damaged: it is no file.
         """
         local = self.local_path
         if local is not None and local.exists() and not local.is_file():
             raise Damaged(f"{self.uri} is no file: remove what lies there, or name another")
+        return self.filesystem.open_input_file(self.path)
 
     def _open(self) -> NativeFile:
-        self._check_is_no_pipe()
-
-        def opened() -> NativeFile:
-            return self.filesystem.open_input_file(self.path)
-
-        return self._surely(opened, lambda file: not file.size())
+        return self._surely(self._open_once, lambda file: not file.size())
 
     def _surely(self, ask: Callable[[], T], is_empty: Callable[[T], bool]) -> T:
         """Asks an object store once more where it says that there is nothing.

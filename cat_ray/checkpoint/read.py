@@ -155,14 +155,14 @@ class CheckpointReader:
             raise Damaged(f"{self.checkpoint.uri} has no {group}: {tensor}")
         found = torch.zeros(length)
         pieces = self._by_tensor[group, tensor]
-        end = pieces[-1].offset + pieces[-1].length
+        if offset >= pieces[-1].offset + pieces[-1].length:
+            # All is past the end: a file says whether the manifest is right about that.
+            self._file(pieces[-1].file)
         for piece in pieces:
             first = max(offset, piece.offset)
             beyond = min(offset + length, piece.offset + piece.length)
-            # Where all is past the end, a file says whether the manifest is right about that.
-            if first < beyond or (offset >= end and piece is pieces[-1]):
-                values = self._file(piece.file)[tensor]
             if first < beyond:
+                values = self._file(piece.file)[tensor]
                 found[first - offset : beyond - offset] = values[
                     first - piece.offset : beyond - piece.offset
                 ]

@@ -315,3 +315,9 @@ def test_a_pipe_is_no_file_and_is_not_waited_for(place, tmp_path):
     ):
         with pytest.raises(BadInput, match="pipe is no file: remove what lies there"):
             read(place / "pipe")
+
+
+@pytest.mark.parametrize("act", ["read", "size"])
+def test_a_name_that_no_disk_takes_is_bad_input(place, act):
+    with pytest.raises(BadInput, match="too long"):
+        getattr(place / ("n" * 300), act)()
